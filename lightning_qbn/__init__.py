@@ -1,0 +1,83 @@
+"""Quantization-aware training with batch-norm re-estimation, as a suite of Lightning callbacks."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_qbn.calibration import Calibration, calibrate_quantizers
+    from lightning_qbn.callbacks.export import QuantizedExport
+    from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
+    from lightning_qbn.callbacks.reestimation import BatchNormReestimation
+    from lightning_qbn.callbacks.report import RunReport
+    from lightning_qbn.checkpoint import load_quantized
+    from lightning_qbn.config import QuantizationConfig
+    from lightning_qbn.errors import (
+        CalibrationError,
+        ConfigurationError,
+        DataError,
+        ExportError,
+        FoldingError,
+        QuantizationError,
+        QuantizationWarning,
+        ReestimationError,
+        UnsupportedNetworkError,
+    )
+    from lightning_qbn.export.encodings import export_encodings
+    from lightning_qbn.export.onnx import ExportReport, export_onnx
+    from lightning_qbn.export.program import export_program
+    from lightning_qbn.fake_quantize import FakeQuantize, fake_quantize
+    from lightning_qbn.folding import FoldingReport, fold_batch_norms
+    from lightning_qbn.insertion import InsertionReport, insert_quantizers, remove_quantizers
+    from lightning_qbn.layers import integer_weights
+    from lightning_qbn.reestimation import LayerDrift, Reestimation, reestimate_batch_norms
+    from lightning_qbn.schedule import QATSchedule
+
+# Looked up on first use: `lightning-qbn --help` and the core should not wait for Lightning or ONNX to load.
+_HOMES = {
+    "calibration": ("Calibration", "calibrate_quantizers"),
+    "callbacks.export": ("QuantizedExport",),
+    "callbacks.quantization": ("QuantizationAwareTraining",),
+    "callbacks.reestimation": ("BatchNormReestimation",),
+    "callbacks.report": ("RunReport",),
+    "checkpoint": ("load_quantized",),
+    "config": ("QuantizationConfig",),
+    "errors": (
+        "CalibrationError",
+        "ConfigurationError",
+        "DataError",
+        "ExportError",
+        "FoldingError",
+        "QuantizationError",
+        "QuantizationWarning",
+        "ReestimationError",
+        "UnsupportedNetworkError",
+    ),
+    "export.encodings": ("export_encodings",),
+    "export.onnx": ("ExportReport", "export_onnx"),
+    "export.program": ("export_program",),
+    "fake_quantize": ("FakeQuantize", "fake_quantize"),
+    "folding": ("FoldingReport", "fold_batch_norms"),
+    "insertion": ("InsertionReport", "insert_quantizers", "remove_quantizers"),
+    "layers": ("integer_weights",),
+    "reestimation": ("LayerDrift", "Reestimation", "reestimate_batch_norms"),
+    "schedule": ("QATSchedule",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """All public names."""
+    return sorted([*_HOME_OF, "__version__"])

@@ -1,0 +1,1 @@
+"""Lightning callbacks: each decides when, and calls one function of the core."""

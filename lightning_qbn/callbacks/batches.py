@@ -1,0 +1,167 @@
+"""Batches of a Trainer's loaders, moved as the Trainer moves them, without eating any of its own.
+
+Everything that Lightning offers no public way for is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
+
+from lightning_qbn.errors import DataError
+from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.passes import ForwardFn, default_forward, quiet
+
+TargetFn: TypeAlias = Callable[[Any], Tensor]
+
+
+@contextmanager
+def sampled_train_batches(trainer: Trainer, num_batches: int, seed: int) -> Iterator[Iterator[Any]]:
+    """Batches of the train loader for a hook: on the device, augmented as in training.
+
+    The loader is made anew on the same data set, so that no training batch is used up, and all random
+    state is put back, so that training sees the batches that it would have seen.
+    """
+    with isolate_rng(), _generators_restored(trainer.train_dataloader), trainer.precision_plugin.forward_context():
+        torch.manual_seed(seed)
+        fresh = apply_to_collection(trainer.train_dataloader, DataLoader, _fresh)
+        yield _moved(trainer, CombinedLoader(fresh, "max_size_cycle"), num_batches)
+
+
+def available_train_batches(trainer: Trainer, wanted: int) -> int:
+    """The number of batches to ask for: not more than an epoch has, where that is known."""
+    limit = trainer.num_training_batches
+    return min(wanted, int(limit)) if limit != float("inf") else wanted
+
+
+def validation_batches(trainer: Trainer) -> Iterator[Any]:
+    """Batches of the validation loaders for a hook, on the device; none without such a loader."""
+    if not trainer.val_dataloaders:
+        return iter(())
+    limits = trainer.num_val_batches
+    total = sum(int(limit) for limit in limits) if float("inf") not in limits else None
+    return _moved(trainer, CombinedLoader(trainer.val_dataloaders, "sequential"), total)
+
+
+def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, Any]:
+    """``("test", loader)`` where the data has one, else ``("validation", loader)``, else ``("", None)``."""
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        trainer.datamodule.setup("test")  # type: ignore[attr-defined]
+    for name, hook in (("test", "test_dataloader"), ("validation", "val_dataloader")):
+        for source in (trainer.datamodule, module):  # type: ignore[attr-defined]
+            if source is not None and _overrides(source, hook):
+                return name, getattr(source, hook)()
+    return ("validation", trainer.val_dataloaders) if trainer.val_dataloaders else ("", None)
+
+
+def batches_on(device: torch.device, loader: Any) -> Iterator[Any]:
+    """All batches of loaders, moved to a device without the Trainer."""
+    for batch, _, _ in iter(CombinedLoader(loader, "sequential")):
+        yield move_data_to_device(batch, device)
+
+
+def forward_of(module: LightningModule, forward_fn: ForwardFn | None) -> ForwardFn:
+    """The user's function, or one that calls the module, or its only network where it has no forward."""
+    if forward_fn is not None:
+        return forward_fn
+    networks = quantized_networks(module)
+    if type(module).forward is LightningModule.forward and len(networks) == 1:
+        (name,) = networks
+        return lambda owner, batch: default_forward(owner.get_submodule(name), batch)
+    return default_forward
+
+
+def evaluate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    metric: Metric,
+    forward_fn: ForwardFn,
+    target_fn: TargetFn | None,
+) -> float:
+    """A metric over batches, in evaluation mode; metric and module are left as they were."""
+    measured = metric.clone()
+    measured.reset()
+    with quiet(module):
+        for batch in batches:
+            output = forward_fn(module, batch)
+            target = (target_fn or default_target)(batch)
+            measured.to(output.device).update(output.float() if output.is_floating_point() else output, target)
+    return float(measured.compute())
+
+
+def default_target(batch: Any) -> Tensor:
+    """The second element of a tuple or list.
+
+    Raises:
+        DataError: the batch has another form.
+    """
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return batch[1]
+    raise DataError(
+        f"No target found in a batch of type {type(batch).__name__}: expected a tuple or list whose second element "
+        f"is the target tensor. Pass target_fn, such as: lambda batch: batch['label']."
+    )
+
+
+def _moved(trainer: Trainer, loader: CombinedLoader, limit: int | None) -> Iterator[Any]:
+    module = trainer.lightning_module
+    for batch, _, index in islice(iter(loader), limit):
+        moved = trainer.precision_plugin.convert_input(batch)
+        moved = module._on_before_batch_transfer(moved, dataloader_idx=index)
+        yield trainer.strategy.batch_to_device(moved, dataloader_idx=index)
+
+
+def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of its own on the same data; a subclass of DataLoader is used as it is."""
+    if type(loader) is not DataLoader:
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        batching: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        if not isinstance(loader.dataset, IterableDataset):
+            batching = {"batch_size": None, "sampler": loader.sampler}
+    else:
+        batching = {"batch_sampler": loader.batch_sampler}
+    return DataLoader(
+        loader.dataset,
+        **batching,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+    )
+
+
+@contextmanager
+def _generators_restored(loaders: Any) -> Iterator[None]:
+    """Put back the state of the generators that loaders and samplers hold."""
+    generators: list[torch.Generator] = []
+
+    def note(loader: DataLoader[Any]) -> DataLoader[Any]:
+        owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+        generators.extend(g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator))
+        return loader
+
+    apply_to_collection(loaders, DataLoader, note)
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _overrides(source: Any, hook: str) -> bool:
+    """Whether a LightningModule or LightningDataModule defines a loader hook itself."""
+    return not getattr(type(source), hook).__module__.startswith("lightning.")

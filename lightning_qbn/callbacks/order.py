@@ -1,0 +1,44 @@
+"""The order in which the callbacks can work together, checked before training."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+from lightning_qbn.errors import ConfigurationError
+
+_RIGHT = "QuantizationAwareTraining, weight averaging, BatchNormReestimation, QuantizedExport, RunReport"
+_REASONS = {
+    ("QuantizationAwareTraining", "averaging"): "averaging copies the network before it has its quantizers",
+    ("averaging", "BatchNormReestimation"): "the average would take the place of the re-estimated weights",
+    ("QuantizationAwareTraining", "BatchNormReestimation"): "statistics belong to the quantized network",
+    ("QuantizationAwareTraining", "QuantizedExport"): "there is nothing quantized to export yet",
+    ("BatchNormReestimation", "QuantizedExport"): "the file would hold the statistics from before re-estimation",
+    ("QuantizationAwareTraining", "RunReport"): "the report reads what quantization did",
+    ("BatchNormReestimation", "RunReport"): "the report reads what re-estimation did",
+    ("QuantizedExport", "RunReport"): "the report reads what was exported",
+}
+
+
+def check_order(trainer: Trainer) -> None:
+    """Raise when the Trainer's callbacks stand in an order that cannot work, or one of ours stands twice.
+
+    Raises:
+        ConfigurationError: names the two callbacks, the reason and the right order.
+    """
+    names = [_role(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    for name in sorted({name for pair in _REASONS for name in pair} - {"averaging"}):
+        if names.count(name) > 1:
+            raise ConfigurationError(f"The Trainer has {names.count(name)} callbacks {name}; keep one of them.")
+    for (first, second), reason in _REASONS.items():
+        if first in names and second in names and names.index(first) > names.index(second):
+            raise ConfigurationError(
+                f"{first} stands after {second} in the Trainer's callbacks, but has to stand before it: {reason}. "
+                f"Right order: {_RIGHT}."
+            )
+
+
+def _role(callback: Callback) -> str:
+    if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        return "averaging"
+    return next((cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in _RIGHT), "")

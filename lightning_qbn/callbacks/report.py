@@ -1,0 +1,184 @@
+"""Measure every stage of a run on the same data and write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_qbn.callbacks.batches import TargetFn, batches_on, evaluate, evaluation_loader, forward_of
+from lightning_qbn.callbacks.export import QuantizedExport
+from lightning_qbn.callbacks.order import check_order
+from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
+from lightning_qbn.callbacks.reestimation import BatchNormReestimation
+from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.export.parity import run_session, session
+from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.files import check_writable, write_text
+from lightning_qbn.passes import ForwardFn
+from lightning_qbn.report import RunRecord, to_html, to_json, to_table
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+class RunReport(Callback):
+    """Measure a metric at each stage and write ``report.json`` and ``report.html``.
+
+    The stages are: float, quantized before re-estimation, after it, folded, and the ONNX file in
+    onnxruntime; all on the test loader where the data has one, else on the validation loader.
+
+    Args:
+        directory: where the two files go.
+        metric: a torchmetrics metric of predictions and targets.
+        forward_fn: ``forward_fn(pl_module, batch)``; default: the module on the first element of the batch.
+        target_fn: ``target_fn(batch)``; default: the second element of the batch.
+
+    Attributes:
+        record: what is written; filled stage by stage.
+        context: plain data to add to the record, such as the configuration of the experiment.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        metric: Metric,
+        forward_fn: ForwardFn | None = None,
+        target_fn: TargetFn | None = None,
+    ) -> None:
+        if not isinstance(metric, Metric):
+            raise ConfigurationError(f"metric must be a torchmetrics Metric, found {type(metric).__name__}.")
+        self.directory, self.metric = Path(directory), metric
+        self.forward_fn, self.target_fn = forward_fn, target_fn
+        self.record = RunRecord()
+        self.context: dict[str, Any] = {}
+        self._loader: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called first: the directory must be writable."""
+        if stage == "fit":
+            check_order(trainer)
+            if trainer.is_global_zero:
+                check_writable(self.directory, ConfigurationError)
+            self.record = RunRecord(metric=type(self.metric).__name__, float_bytes=_bytes(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The accuracy of the float networks, which a resumed run cannot measure any more."""
+        return {"float": self.record.accuracy.get("float"), "control": self.context.get("control")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the accuracy of the float networks."""
+        self.record.accuracy["float"] = state_dict["float"]
+        self.context.setdefault("control", state_dict["control"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with weights restored and quantizers not yet calibrated: the network is a float network."""
+        self.record.measured_on, self._loader = evaluation_loader(trainer, pl_module)
+        if self._loader is not None and not any(q.is_calibrated for q in quantizers(pl_module).values()):
+            self._measure("float", trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after re-estimation: the network with the new statistics and with the old ones."""
+        if self._loader is None:
+            self.record.measured_on, self._loader = evaluation_loader(trainer, pl_module)
+        if self._loader is None:
+            rank_zero_warn(
+                "RunReport found no test or validation loader, so it measures nothing.", category=QuantizationWarning
+            )
+            return
+        self._measure("after_reestimation", trainer, pl_module)
+        reestimation = find(trainer, BatchNormReestimation)
+        if reestimation is None or reestimation.result is None:
+            return
+        reestimation.result.undo()
+        try:
+            self._measure("before_reestimation", trainer, pl_module)
+        finally:
+            reestimation.result.redo()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called last: the folded network and the file, then the report."""
+        if not trainer.is_global_zero:
+            return
+        export = find(trainer, QuantizedExport)
+        if export is not None and export.folded is not None and self._loader is not None:
+            self._measure("folded", None, export.folded)
+            if "onnx" in export.files:
+                with running_file(export.folded, export.network, export.files["onnx"]):
+                    self._measure("onnx", None, export.folded)
+        self._gather(trainer, export)
+        write_text(self.directory / "report.json", to_json(self.record))
+        write_text(self.directory / "report.html", to_html(self.record))
+        Console().print(to_table(self.record))
+
+    def _measure(self, stage: str, trainer: Trainer | None, module: LightningModule) -> None:
+        forward_fn = forward_of(module, self.forward_fn)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        batches = batches_on(device, self._loader)
+        if trainer is None:
+            value = evaluate(module, batches, self.metric, forward_fn, self.target_fn)
+        else:
+            converted = (trainer.precision_plugin.convert_input(batch) for batch in batches)
+            with trainer.precision_plugin.forward_context():
+                value = evaluate(module, converted, self.metric, forward_fn, self.target_fn)
+        self.record.accuracy[stage] = value
+
+    def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
+        quantization, reestimation = find(trainer, QuantizationAwareTraining), find(trainer, BatchNormReestimation)
+        self.record.insertion = quantization.report if quantization else None
+        self.record.reestimation = reestimation.result if reestimation else None
+        self.record.folding = export.folding if export else None
+        self.record.export = export.report if export else None
+        self.record.context = self.context
+
+
+def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    """The Trainer's callback of a class, or None."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+class _Session(nn.Module):
+    """A network that is an ONNX file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loaded = session(path)
+
+    def forward(self, *args: Any) -> Any:
+        outputs = run_session(self.loaded, tuple(x for x in args if isinstance(x, Tensor)))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@contextmanager
+def running_file(module: LightningModule, network: str, path: Path) -> Iterator[None]:
+    """Let a LightningModule run an exported file in the place of its network, so that it is measured alike."""
+    runner = _Session(path)
+    if not network:
+        module.__dict__["forward"] = runner
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+        return
+    owner, _, name = network.rpartition(".")
+    replaced = module.get_submodule(network)
+    setattr(module.get_submodule(owner), name, runner)
+    try:
+        yield
+    finally:
+        setattr(module.get_submodule(owner), name, replaced)
+
+
+def _bytes(module: nn.Module) -> int:
+    """Size of the float network: parameters and buffers without those of the quantizers."""
+    ours = {id(t) for q in quantizers(module).values() for t in (*q.parameters(), *q.buffers())}
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in ours)

@@ -1,0 +1,157 @@
+"""How a network is quantized: one frozen dataclass that checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning_qbn.errors import ConfigurationError
+
+_CHOICES = {
+    "weight_granularity": ("per_channel", "per_tensor"),
+    "scale": ("learned", "observed"),
+    "range_estimator": ("mse", "minmax", "percentile"),
+}
+_NOT_PER_LAYER = ("overrides", "skip")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Bit-widths, granularity and range setting of every quantizer in a network.
+
+    Weights are always symmetric on the narrow range ``[-(2**(b-1)-1), 2**(b-1)-1]``, so that folding a
+    batch-norm with a negative gamma is an exact change of sign.
+
+    Args:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 16, or None to leave activations in float.
+        weight_granularity: one scale per output channel, or one per weight tensor.
+        activation_symmetric: signed activations with zero point 0 instead of affine unsigned ones.
+        scale: ``"learned"`` trains the scale by gradient descent (LSQ, Esser et al., ICLR 2020, section 2,
+            on the logarithm of the scale as in TQT, Jain et al., MLSys 2020, section 3);
+            ``"observed"`` follows a moving minimum and maximum.
+        range_estimator: how calibration chooses the first scale.
+        overrides: settings for single layers by module name pattern, such as
+            ``{"head": {"weight_bits": 8}}``. A pattern matches a layer by its own name or by the name of
+            a module that contains it. Later entries win.
+        skip: patterns of layers that stay in float.
+
+    Raises:
+        ConfigurationError: a value is out of range or of the wrong type.
+
+    >>> QuantizationConfig(weight_bits=4, overrides={"head": {"weight_bits": 8}}).for_layer("head").weight_bits
+    8
+    """
+
+    weight_bits: int = 8
+    activation_bits: int | None = 8
+    weight_granularity: str = "per_channel"
+    activation_symmetric: bool = False
+    scale: str = "learned"
+    range_estimator: str = "mse"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check every field and turn containers from YAML into plain ones."""
+        _check_bits("weight_bits", self.weight_bits, 2, 8)
+        if self.activation_bits is not None:
+            _check_bits("activation_bits", self.activation_bits, 2, 16)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(f"{name} must be one of {choices}, found {getattr(self, name)!r}.")
+        if not isinstance(self.activation_symmetric, bool):
+            raise ConfigurationError(f"activation_symmetric must be a bool, found {self.activation_symmetric!r}.")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise ConfigurationError(f"skip must be a list of name patterns, found {self.skip!r}.")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigurationError(f"overrides must map name patterns to settings, found {self.overrides!r}.")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "overrides", {p: dict(s or {}) for p, s in self.overrides.items()})
+        for pattern, settings in self.overrides.items():
+            self._with(pattern, settings)
+
+    def _with(self, pattern: str, settings: Mapping[str, Any]) -> QuantizationConfig:
+        """This config with the settings of one override."""
+        allowed = [f.name for f in dataclasses.fields(self) if f.name not in _NOT_PER_LAYER]
+        for name in settings:
+            if name not in allowed:
+                raise ConfigurationError(
+                    f"overrides[{pattern!r}] sets {name!r}, which is no setting of a layer. Settings: {allowed}."
+                )
+        try:
+            return dataclasses.replace(self, overrides={}, skip=(), **settings)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"overrides[{pattern!r}]: {error}") from error
+
+    def for_layer(self, name: str) -> QuantizationConfig:
+        """The settings of one layer, with all overrides that match its name applied in order."""
+        config = self._with("", {})
+        for pattern, settings in self.overrides.items():
+            if matches(pattern, name):
+                config = config._with(pattern, settings)
+        return config
+
+    def skips(self, name: str) -> bool:
+        """Whether the layer of this name stays in float."""
+        return any(matches(pattern, name) for pattern in self.skip)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise when a pattern of ``overrides`` or ``skip`` matches no layer.
+
+        Args:
+            names: module names of all layers that could be quantized.
+
+        Raises:
+            ConfigurationError: names the pattern and the layers nearest to it.
+        """
+        names = list(names)
+        for where, patterns in (("overrides", self.overrides), ("skip", self.skip)):
+            for pattern in patterns:
+                if not any(matches(pattern, name) for name in names):
+                    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+                    raise ConfigurationError(
+                        f"{where} has the pattern {pattern!r}, which matches no layer of the network. "
+                        f"Nearest names: {', '.join(near) or 'none'}."
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON and for checkpoints that load with ``weights_only=True``."""
+        return {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_PER_LAYER
+        } | {"overrides": {p: dict(s) for p, s in self.overrides.items()}, "skip": list(self.skip)}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob pattern names a module or one of the modules that contain it.
+
+    >>> matches("head", "head.fc"), matches("*.stem.*", "stem.conv"), matches("head", "overhead")
+    (True, True, False)
+    """
+    parts = name.replace("_orig_mod.", "").split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    # A pattern such as "*.stem.*" is meant to find "stem.conv" also where the stem is at the top.
+    return any(fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern) for path in paths)
+
+
+def _check_bits(name: str, bits: object, low: int, high: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise ConfigurationError(f"{name} must be a whole number from {low} to {high}, found {bits!r}.")
+
+
+def as_config(config: QuantizationConfig | Mapping[str, Any] | None) -> QuantizationConfig:
+    """A config from itself, from a mapping of its fields, or the default one."""
+    if isinstance(config, QuantizationConfig):
+        return config
+    if config is not None and not isinstance(config, Mapping):
+        raise ConfigurationError(f"config must be a QuantizationConfig or a mapping of its fields, found {config!r}.")
+    known = {f.name for f in dataclasses.fields(QuantizationConfig)}
+    for name in config or {}:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigurationError(f"QuantizationConfig has no field {name!r}. Nearest: {', '.join(near) or 'none'}.")
+    return QuantizationConfig(**(config or {}))

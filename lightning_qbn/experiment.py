@@ -1,0 +1,166 @@
+"""The main job as a straight line, from a composed configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_qbn import __version__
+from lightning_qbn.callbacks.batches import batches_on, evaluate, evaluation_loader, forward_of
+from lightning_qbn.callbacks.reestimation import BatchNormReestimation
+from lightning_qbn.callbacks.report import RunReport
+from lightning_qbn.checkpoint import CHECKPOINT_KEY
+from lightning_qbn.errors import ConfigurationError
+from lightning_qbn.files import atomic, check_writable
+
+# What of the trainer's settings changes no weight of the float network.
+_COSMETIC = {"max_epochs", "default_root_dir", "log_every_n_steps", "enable_model_summary", "enable_progress_bar", "logger"}
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Float training or loading, float control, quantization-aware training with its callbacks.
+
+    Returns:
+        The accuracy after re-estimation, None without a report.
+    """
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")
+    for library in ("lightning.pytorch", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    check_writable(cfg.paths.output_dir, ConfigurationError)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
+    data: LightningDataModule = instantiate(cfg.data)
+    resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in _load(cfg.ckpt_path)
+    weights = None if resumes else _float_weights(cfg, data)
+    report = next((callback for callback in callbacks if isinstance(callback, RunReport)), None)
+    if report is not None:
+        report.context["config"] = OmegaConf.to_container(cfg, resolve=True)
+        if weights is not None and cfg.qat.control:
+            report.context["control"] = _control(cfg, data, weights)
+    _say(f"Quantization-aware training, {cfg.qat.epochs} epochs")
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    module = _module(cfg, cfg.qat)
+    if weights is not None:
+        load_float(module, weights)
+    logger: Logger | bool = instantiate(cfg.logger) if cfg.get("logger") else False
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if resumes else None, weights_only=True)
+    _say(f"Everything is in {cfg.paths.output_dir}")
+    return report.record.accuracy.get("after_reestimation") if report is not None else None
+
+
+def load_float(module: LightningModule, path: str | Path) -> None:
+    """Load float weights into a module or into its network: a Lightning checkpoint or a plain state_dict.
+
+    Raises:
+        ConfigurationError: the names of the weights fit neither.
+    """
+    saved = _load(path)
+    weights = saved.get("state_dict", saved)
+    network = getattr(module, "network", module)
+    target = max((module, network), key=lambda m: len(m.state_dict().keys() & weights.keys()))
+    missing, unexpected = target.state_dict().keys() - weights.keys(), weights.keys() - target.state_dict().keys()
+    if missing or unexpected:
+        raise ConfigurationError(
+            f"{path} does not fit {type(network).__name__}: it lacks {sorted(missing)[:3]} ({len(missing)} in all) and "
+            f"has {sorted(unexpected)[:3]} ({len(unexpected)} in all) beyond it. Is it a float checkpoint of this model?"
+        )
+    target.load_state_dict(weights)
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as cause:
+        raise ConfigurationError(f"The checkpoint {path} cannot be read: {cause}.") from cause
+    if not isinstance(saved, dict):
+        raise ConfigurationError(f"The checkpoint {path} holds a {type(saved).__name__}, not a dictionary of weights.")
+    return saved
+
+
+def _module(cfg: DictConfig, training: DictConfig) -> LightningModule:
+    make = instantiate(cfg.model.module, _partial_=True)
+    scheduler = instantiate(training.scheduler) if training.scheduler else None
+    module: LightningModule = make(optimizer=instantiate(training.optimizer), scheduler=scheduler)
+    return module
+
+
+def _float_weights(cfg: DictConfig, data: LightningDataModule) -> Path:
+    """The float checkpoint: the one that was named, or the cached one of this setting, trained if need be."""
+    named = cfg.ckpt_path or cfg.model.checkpoint
+    if named is not None:
+        return Path(named)
+    path = Path(cfg.paths.float_dir) / f"{float_key(cfg)}.ckpt"
+    if path.is_file():
+        _say(f"Float network from {path}")
+        return path
+    _say(f"Float training, {cfg.model.epochs} epochs")
+    module = _module(cfg, cfg.model)
+    trainer = _plain_trainer(cfg, cfg.model.epochs, [])
+    trainer.fit(module, datamodule=data)
+    with atomic(path) as temporary:
+        trainer.save_checkpoint(temporary)
+    return path
+
+
+def float_key(cfg: DictConfig) -> str:
+    """Hash of everything that determines the float weights."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    trainer = {key: value for key, value in plain["trainer"].items() if key not in _COSMETIC}
+    model = {key: value for key, value in plain["model"].items() if key not in ("checkpoint", "metric")}
+    what = [__version__, model, plain["data"], trainer, plain["seed"]]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _control(cfg: DictConfig, data: LightningDataModule, weights: Path) -> dict[str, float]:
+    """Accuracy of the float network after as many steps of the same training, before and after re-estimation."""
+    _say(f"Float control, {cfg.qat.epochs} epochs")
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    module = _module(cfg, cfg.qat)
+    load_float(module, weights)
+    reestimation = BatchNormReestimation(cfg.reestimation.num_batches, cfg.reestimation.mode, seed=cfg.seed)
+    trainer = _plain_trainer(cfg, cfg.qat.epochs, [reestimation])
+    trainer.fit(module, datamodule=data)
+    _, loader = evaluation_loader(trainer, module)
+    metric = instantiate(cfg.model.metric)
+
+    def measure() -> float:
+        return evaluate(module, batches_on(module.device, loader), metric, forward_of(module, None), None)
+
+    result = {"after_reestimation": measure()}
+    if reestimation.result is not None:
+        reestimation.result.undo()
+    return {"accuracy": measure()} | result
+
+
+def _plain_trainer(cfg: DictConfig, epochs: int, callbacks: list[Callback]) -> Trainer:
+    """The Trainer of the configuration without the callbacks, files and logs of the quantized run."""
+    bar = cfg.callbacks.get("progress")
+    if bar is not None:
+        callbacks = [*callbacks, instantiate(bar)]
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+    )
+    return trainer
+
+
+def _say(text: str) -> None:
+    Console().print(text, style="bold", highlight=False)

@@ -1,0 +1,1 @@
+"""Files for integer runtimes, and the proof that they compute what was trained."""

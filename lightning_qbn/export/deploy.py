@@ -1,0 +1,156 @@
+"""The deployed form of a folded network: what the integer runtime computes, still in torch.
+
+It differs from the folded network in one thing: where the input of a layer is quantized, its bias is an
+int32 number of steps of ``input scale * weight scale``, as integer hardware holds it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_qbn.errors import ExportError
+from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequantize
+from lightning_qbn.fake_quantize import FakeQuantize
+from lightning_qbn.graph import Traced
+from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.layers import IntegerWeight, WeightLayer, apply_weight, in_form, is_transposed, weight_layers
+from lightning_qbn.operations import kind
+from lightning_qbn.rewriting import QuantizedNetwork, install
+
+
+class QuantizeDequantize(nn.Module):
+    """A quantizer with fixed numbers, in the storage type of its integers."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+        storage = STORAGE[quantizer.signed, quantizer.bits > 8]
+        self.register_buffer("scale", quantizer.scale.detach().float())
+        self.register_buffer("zero_point", quantizer.zero_point.to(storage))
+
+    def forward(self, x: Any) -> Any:
+        """Values of ``x`` on the grid; anything that is no floating-point tensor as it is."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return quantize_dequantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+
+class DeployedWeight(nn.Module):
+    """Form of a weight layer that dequantizes int8 weights and, where its input is quantized, an int32 bias."""
+
+    float_class: type[nn.Module]
+    weight_integers: Tensor
+    weight_scale: Tensor
+    weight_factor: Tensor | None
+    bias_integers: Tensor | None
+    bias_scale: Tensor | None
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """What the layer computes, from its integers."""
+        layer = cast(WeightLayer, self)
+        axis = 1 if is_transposed(layer) else 0
+        weight = dequantize(self.weight_integers, self.weight_scale, axis)
+        if self.weight_factor is not None:
+            weight = weight * self.weight_factor
+        bias = layer.bias
+        if self.bias_integers is not None and self.bias_scale is not None:
+            bias = dequantize(self.bias_integers, self.bias_scale, 0)
+        return apply_weight(layer, input, weight, bias, output_size)
+
+
+def deploy(folded: nn.Module) -> nn.Module:
+    """A copy of a folded network in deployed form.
+
+    Raises:
+        ExportError: the network is not folded, or a bias does not fit int32.
+    """
+    layers = weight_layers(folded).values()
+    if not layers or not all(isinstance(layer, IntegerWeight) for layer in layers):
+        raise ExportError(
+            f"{type(folded).__name__} is not folded. Pass the result of fold_batch_norms(network) instead."
+        )
+    deployed = copy.deepcopy(folded).eval()
+    input_scales: dict[str, Tensor] = {}
+    for prefix, root in quantized_networks(deployed).items():
+        graph, scales = _with_requantized_inputs(root)
+        install(root, Traced(graph, graph))
+        input_scales |= {f"{prefix}.{name}" if prefix else name: scale for name, scale in scales.items()}
+    for name, module in list(deployed.named_modules()):
+        if isinstance(module, IntegerWeight):
+            _deploy_layer(name, module, input_scales.get(name))
+        elif isinstance(module, FakeQuantize):
+            owner, _, attribute = name.rpartition(".")
+            fixed = QuantizeDequantize(module) if module.is_calibrated else nn.Identity()
+            setattr(deployed.get_submodule(owner), attribute, fixed)
+    return deployed
+
+
+def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph with a quantizer directly before each weight layer, and the scale of each layer's input.
+
+    Behind a max pool or a flatten the values are on the grid already and quantizing them again changes
+    nothing, but a runtime fuses an integer convolution only where it sees the quantizer.
+    """
+    modules = dict(root.named_modules())
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(root.traced.eval, {}))
+    scales: dict[str, Tensor] = {}
+    conflicting = set()
+    for node in list(graph.nodes):
+        if kind(node, modules) != "weight" or not node.all_input_nodes:
+            continue
+        source = node.all_input_nodes[0]
+        while kind(source, modules) == "transparent" and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        quantizer = modules.get(str(source.target)) if source.op == "call_module" else None
+        if not isinstance(quantizer, FakeQuantize) or not quantizer.is_calibrated:
+            conflicting.add(str(node.target))
+            continue
+        if source is not node.all_input_nodes[0]:
+            with graph.inserting_before(node):
+                again = graph.call_module(str(source.target), (node.all_input_nodes[0],))
+            node.replace_input_with(node.all_input_nodes[0], again)
+        scale = quantizer.scale.detach()
+        if not torch.equal(scales.setdefault(str(node.target), scale), scale):
+            conflicting.add(str(node.target))  # called at places of different scale: no one int32 bias
+    return graph, {name: scale for name, scale in scales.items() if name not in conflicting}
+
+
+def _deploy_layer(name: str, layer: IntegerWeight, input_scale: Tensor | None) -> None:
+    plain = cast(WeightLayer, layer)
+    flat = layer.weight_scale.flatten().float()
+    grouped = is_transposed(plain) and getattr(plain, "groups", 1) > 1
+    factor = None
+    if grouped:
+        # Its output channels lie along no single axis of the weight, so the scale becomes a factor.
+        repeats = layer.weight_integers.shape[0] // layer.weight_scale.shape[0]
+        factor = layer.weight_scale.float().repeat_interleave(repeats, 0).squeeze(1)
+    bias = None if plain.bias is None else plain.bias.detach()
+    bias_scale = None if input_scale is None or bias is None else flat * input_scale.float()
+    bias_integers = None if bias is None or bias_scale is None else _to_int32(name, bias, bias_scale)
+    del layer.weight_scale
+    layer.register_buffer("weight_scale", torch.ones(()) if grouped else flat)
+    layer.register_buffer("weight_factor", factor)
+    layer.register_buffer("bias_scale", bias_scale)
+    layer.register_buffer("bias_integers", bias_integers)
+    if bias_integers is not None:
+        layer.register_parameter("bias", None)
+    layer.__class__ = in_form(DeployedWeight, layer.float_class)  # type: ignore[assignment]
+
+
+def _to_int32(name: str, bias: Tensor, scale: Tensor) -> Tensor:
+    steps = (bias.double() / scale.double()).round()
+    if float(steps.abs().max()) >= 2**31 - 1:
+        channel = int(steps.abs().argmax())
+        raise ExportError(
+            f"{name}: the bias of output channel {channel} is {float(bias[channel]):.3g}, which is more than 2**31 "
+            f"steps of {float(scale[channel]):.3g}: its gamma is nearly zero. Set that gamma to 0, or prune the channel."
+        )
+    return steps.to(torch.int32)

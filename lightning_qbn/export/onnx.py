@@ -1,0 +1,156 @@
+"""Export a folded network to ONNX: QuantizeLinear, DequantizeLinear, integer initializers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qbn import __version__
+from lightning_qbn.errors import ExportError, QuantizationError
+from lightning_qbn.export.deploy import deploy
+from lightning_qbn.export.naming import name_values
+from lightning_qbn.export.operators import translations
+from lightning_qbn.export.parity import Parity, measure_parity
+from lightning_qbn.files import atomic
+
+if TYPE_CHECKING:
+    import onnx
+
+_OPSET = 21  # the first with 16-bit and 4-bit integers in QuantizeLinear
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares with the simulation.
+
+    Args:
+        path: the file.
+        bytes: its size.
+        parity: comparison with the simulation by onnxruntime's optimization level: ``"disabled"`` shows
+            whether the graph is right, ``"all"`` what this processor's kernels make of it.
+        int32_bias: weight layers whose bias is stored as int32.
+    """
+
+    path: str
+    bytes: int
+    parity: dict[str, Parity]
+    int32_bias: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def export_onnx(
+    folded: nn.Module,
+    path: str | Path,
+    example_input: Tensor | tuple[Any, ...],
+    metadata: dict[str, str] | None = None,
+) -> ExportReport:
+    """Write a folded network as an ONNX file with integer weights, and compare it with the simulation.
+
+    The file gets its name only when it has been written whole, checked and run in onnxruntime.
+
+    Args:
+        folded: result of `fold_batch_norms`.
+        path: file to write; an existing one is replaced.
+        example_input: a real batch, the tensor or the tuple of arguments of forward; it sets ranks and
+            dtypes (the batch size stays dynamic) and is the data of the comparison.
+        metadata: more entries for the file's ``metadata_props``.
+
+    Raises:
+        ExportError: the network is not folded, cannot be exported, or onnxruntime does not load the file.
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in inputs)
+    deployed = deploy(folded).cpu().float()
+    proto = _convert(deployed, inputs)
+    entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
+    for key, value in entries.items():
+        proto.metadata_props.add(key=key, value=value)
+    with atomic(path) as temporary:
+        import onnx
+
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.save(proto, str(temporary))
+        parity = measure_parity(deployed, temporary, inputs)
+        size = temporary.stat().st_size
+    biases = tuple(n for n, m in deployed.named_modules() if getattr(m, "bias_integers", None) is not None)
+    return ExportReport(str(path), size, parity, biases)
+
+
+def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                deployed.eval(),
+                inputs,
+                dynamo=True,
+                opset_version=_OPSET,
+                verbose=False,
+                dynamic_shapes=shapes,
+                custom_translation_table=translations(),
+            )
+    except QuantizationError:
+        raise
+    except Exception as cause:
+        raise ExportError(
+            f"{type(deployed).__name__} cannot be exported: {type(cause).__name__}: {_first_lines(cause)} "
+            f"The example had the shapes {[tuple(x.shape) for x in inputs if isinstance(x, Tensor)]}."
+        ) from cause
+    assert program is not None
+    model = program.model
+    name_values(model)
+    _forget_sources(model)
+    RemoveUnusedNodesPass()(model)
+    return onnx_ir.to_proto(model)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back the exporter's advice on opsets, shapes and packages that are not installed."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop the stack traces that the exporter leaves on every node: they triple a small file and name local paths."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])
+
+
+def describe(metadata: dict[str, Any]) -> dict[str, str]:
+    """Metadata of any plain data as the strings that an ONNX file takes."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}

@@ -1,0 +1,65 @@
+"""The two operators of an exported graph, as torch custom operators and as ONNX nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The dtype that stores integers of a quantizer, by (signed, more than 8 bits).
+STORAGE = {
+    (False, False): torch.uint8,
+    (True, False): torch.int8,
+    (False, True): torch.uint16,
+    (True, True): torch.int16,
+}
+
+
+@torch.library.custom_op("lightning_qbn::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """QuantizeLinear and DequantizeLinear: the values of ``x`` on the grid."""
+    shift = zero_point.to(torch.int32)
+    steps = (x / scale).round().clamp(quant_min - shift, quant_max - shift)
+    return steps * scale
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lightning_qbn::dequantize", mutates_args=())
+def dequantize(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """DequantizeLinear of int8 weights or an int32 bias; ``scale`` of shape () or (size of ``axis``,)."""
+    shape = [1] * integers.dim()
+    if scale.dim():
+        shape[axis] = -1
+    return integers.to(scale.dtype) * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(integers, dtype=scale.dtype)
+
+
+def translations() -> dict[Any, Any]:
+    """The ``custom_translation_table`` of `torch.onnx.export` for the two operators."""
+    from onnxscript import opset21 as op
+
+    def to_quantize_dequantize(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
+        storage = torch.iinfo(STORAGE[quant_min < 0, quant_max > 255 or quant_min < -128])
+        if (quant_min, quant_max) != (storage.min, storage.max):
+            # QuantizeLinear saturates at the range of its storage type only.
+            shift = op.Cast(zero_point, to=1)
+            x = op.Max(x, op.Mul(op.Sub(op.Constant(value_float=float(quant_min)), shift), scale))
+            x = op.Min(x, op.Mul(op.Sub(op.Constant(value_float=float(quant_max)), shift), scale))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    def to_dequantize(integers: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(integers, scale, axis=axis)
+
+    return {
+        torch.ops.lightning_qbn.quantize_dequantize.default: to_quantize_dequantize,
+        torch.ops.lightning_qbn.dequantize.default: to_dequantize,
+    }

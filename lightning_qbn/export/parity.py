@@ -1,0 +1,105 @@
+"""Compare an exported file in onnxruntime with the simulation, value by value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qbn.errors import ExportError
+from lightning_qbn.export.deploy import QuantizeDequantize
+
+_LEVELS = {"disabled": "ORT_DISABLE_ALL", "all": "ORT_ENABLE_ALL"}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Difference between onnxruntime and the simulation over all outputs of one batch.
+
+    Args:
+        max_lsb: largest difference in steps of the output quantizer; None where an output is in float.
+        max_difference: largest absolute difference.
+        differing: share of the outputs that differ by half a step or more; in float by 1e-4 of the range.
+        agreement: share of the samples whose largest output is the same one.
+    """
+
+    max_lsb: float | None
+    max_difference: float
+    differing: float
+    agreement: float
+
+
+def session(path: str | Path, level: str = "all") -> Any:
+    """An onnxruntime session on the CPU; ``level`` is ``"all"`` or ``"disabled"``.
+
+    Raises:
+        ExportError: onnxruntime does not load the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[level])
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as cause:
+        raise ExportError(f"onnxruntime does not load the exported graph (optimization {level}): {cause}") from cause
+
+
+def run_session(loaded: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The outputs of a session for one batch."""
+    feed = {node.name: x.detach().cpu().numpy() for node, x in zip(loaded.get_inputs(), inputs, strict=False)}
+    return [torch.from_numpy(output) for output in loaded.run(None, feed)]
+
+
+def measure_parity(deployed: nn.Module, path: str | Path, inputs: tuple[Any, ...]) -> dict[str, Parity]:
+    """Run the file with and without graph optimizations and compare with the deployed network in torch."""
+    with torch.no_grad():
+        expected = _tensors(deployed(*inputs))
+    steps = [_output_step(deployed, i) for i in range(len(expected))]
+    tensors = tuple(x for x in inputs if isinstance(x, Tensor))
+    return {level: _compare(expected, run_session(session(path, level), tensors), steps) for level in _LEVELS}
+
+
+def _compare(expected: list[Tensor], found: list[Tensor], steps: list[float | None]) -> Parity:
+    lsb: list[float | None] = []
+    largest, differing, total, same, rows = 0.0, 0, 0, 0, 0
+    for want, got, step in zip(expected, found, steps, strict=True):
+        difference = (got.double() - want.double()).abs()
+        top = float(difference.max()) if difference.numel() else 0.0
+        threshold = 0.5 * step if step else 1e-4 * max(float(want.abs().max()), 1e-30)
+        largest = max(largest, top)
+        lsb.append(top / step if step else None)
+        differing += int((difference >= threshold).sum())
+        total += difference.numel()
+        if want.dim() > 1:
+            same += int((got.flatten(1).argmax(1) == want.flatten(1).argmax(1)).sum())
+            rows += want.shape[0]
+    known = [value for value in lsb if value is not None]
+    max_lsb = round(max(known), 3) if known and len(known) == len(lsb) else None
+    return Parity(max_lsb, largest, differing / max(total, 1), same / max(rows, 1) if rows else 1.0)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """All tensors of a network's output, in the order in which an export lists them."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    return [x for part in outputs for x in _tensors(part)] if isinstance(outputs, tuple | list) else []
+
+
+def _output_step(deployed: nn.Module, index: int) -> float | None:
+    """Step of the quantizer that rounds an output of the network, or None."""
+    traced = getattr(deployed, "traced", None)
+    if traced is None:
+        return None
+    (output,) = [node for node in traced.eval.nodes if node.op == "output"]
+    if index >= len(output.all_input_nodes):
+        return None
+    source = output.all_input_nodes[index]
+    module = deployed.get_submodule(str(source.target)) if source.op == "call_module" else None
+    return float(module.scale) if isinstance(module, QuantizeDequantize) else None

@@ -1,0 +1,210 @@
+"""Fake-quantization: rounding with straight-through and learned-scale gradients, and the module that holds a scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_AVERAGING_CONSTANT = 0.01  # of the moving minimum and maximum of observed activations, as in torch's observer
+_SMALLEST_SCALE = 2.0**-100  # keeps 1 / scale and products of two scales inside float32
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward ``clamp(round(x / scale), low, high) * scale``; gradients of LSQ (Esser et al., section 2.1).
+
+    Plain torch operations throughout: a compiler can fuse them with their neighbours, which it cannot do
+    with ATen's own fake-quantize operators. Only the input is saved.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        quantized = (x.to(wide) / scale).round_().clamp_(low, high).mul_(scale)
+        return quantized.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, low, high = inputs
+        bounds = [bound for bound in (low, high) if isinstance(bound, Tensor)]
+        ctx.save_for_backward(x, scale, *bounds)
+        ctx.bounds = None if bounds else (low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, scale, *bounds = ctx.saved_tensors
+        low, high = ctx.bounds or bounds
+        grad = grads[0]
+        steps = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+        inside = (steps >= low) & (steps <= high)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = steps.round().clamp_(low, high).sub_(steps * inside)
+            grad_scale = (grad * slope).sum_to_size(scale.shape).to(scale.dtype)
+        return grad_x, grad_scale, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Round a tensor to the grid ``scale * {low, ..., high}``, halves to even as ONNX QuantizeLinear does.
+
+    Args:
+        x: floating-point tensor; rounding happens in float32 or wider, the result has the dtype of ``x``.
+        scale: positive, broadcastable to ``x``.
+        low: smallest integer, quant_min - zero_point.
+        high: largest integer, quant_max - zero_point.
+
+    Returns:
+        The rounded tensor. Gradient to ``x``: 1 inside the range, 0 outside. Gradient to ``scale``:
+        ``round(v) - v`` inside, ``low`` or ``high`` outside, with ``v = x / scale``.
+
+    >>> fake_quantize(torch.tensor([0.26, 0.9, -3.0]), torch.tensor(0.5), -1, 1)
+    tensor([ 0.5000,  0.5000, -0.5000])
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, low, high)
+    return result
+
+
+class FakeQuantize(nn.Module):
+    """One quantizer: a scale, a zero point and the integer range.
+
+    It passes its input through until it is calibrated (`set_range`) and while ``enabled`` is False.
+
+    Args:
+        bits: width of the integers.
+        signed: range around zero; otherwise ``0 .. 2**bits - 1``.
+        narrow: leave out the most negative integer (weights).
+        scale_shape: ``()`` for one scale per tensor, otherwise broadcastable to the input.
+        learned: the scale is a Parameter (its logarithm to base 2); otherwise a buffer that follows the
+            input's moving minimum and maximum in training mode.
+        follow_input: observed range is that of the present input alone (weights).
+        range_estimator: how `calibrate_quantizers` chooses the first range.
+    """
+
+    log2_scale: Tensor
+    zero_point: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        narrow: bool = False,
+        scale_shape: tuple[int, ...] = (),
+        learned: bool = True,
+        follow_input: bool = False,
+        range_estimator: str = "mse",
+    ) -> None:
+        super().__init__()
+        self.bits, self.signed, self.learned, self.follow_input = bits, signed, learned, follow_input
+        self.range_estimator = range_estimator
+        self.quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
+        self.quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        log2_scale = torch.zeros(scale_shape)
+        if learned:
+            self.log2_scale = nn.Parameter(log2_scale)
+        else:
+            self.register_buffer("log2_scale", log2_scale)
+            self.register_buffer("minimum", torch.zeros(scale_shape))
+            self.register_buffer("maximum", torch.zeros(scale_shape))
+        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.enabled = True
+        self.observing = True
+        # Control flow reads a Python flag: reading the buffer would break compiled graphs and wait for a GPU.
+        self._ready = False
+        self.register_load_state_dict_post_hook(_read_flag)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step between two neighbouring integers; positive, float32 or wider, of shape ``scale_shape``."""
+        wide = torch.promote_types(self.log2_scale.dtype, torch.float32)
+        return torch.exp2(self.log2_scale.to(wide))
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a range has been set."""
+        return self._ready
+
+    @torch.no_grad()
+    def set_range(self, minimum: Tensor, maximum: Tensor) -> None:
+        """Choose scale and zero point so that ``[minimum, maximum]`` and zero are covered.
+
+        Args:
+            minimum: of shape ``scale_shape``.
+            maximum: of shape ``scale_shape``.
+        """
+        minimum, maximum = minimum.double().clamp(max=0.0), maximum.double().clamp(min=0.0)
+        step, zero_point = self.grid(minimum, maximum)
+        self.log2_scale.copy_(step.log2())
+        self.zero_point.copy_(zero_point)
+        if not self.learned:
+            self.minimum.copy_(minimum)
+            self.maximum.copy_(maximum)
+        self.calibrated.fill_(True)
+        self._ready = True
+
+    def grid(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point of the grid that covers ``[minimum, maximum]``, which contains zero."""
+        if self.signed:
+            step = torch.maximum(maximum / self.quant_max, minimum / self.quant_min)
+        else:
+            step = (maximum - minimum) / self.quant_max
+        # Nothing but zeros was seen: any scale is right, and 1 is harmless.
+        step = torch.where(step > _SMALLEST_SCALE, step, torch.ones_like(step))
+        zero_point = torch.zeros_like(step) if self.signed else (-minimum / step).round().clamp(0, self.quant_max)
+        return step, zero_point
+
+    def reset(self) -> None:
+        """Forget the range: the quantizer passes its input through again."""
+        self.calibrated.fill_(False)
+        self._ready = False
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The integers of ``x``, minus the zero point, in the dtype that they are computed in."""
+        scale = self.scale
+        low, high = self._bounds()
+        return (x.to(scale.dtype) / scale).round().clamp(low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x``; anything that is not a floating-point tensor is returned as it is."""
+        if not (self._ready and self.enabled) or not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if not self.learned and self.observing and self.training:
+            self._observe(x.detach())
+        return fake_quantize(x, self.scale, *self._bounds())
+
+    def _bounds(self) -> tuple[Tensor | int, Tensor | int]:
+        if self.signed:
+            return self.quant_min, self.quant_max
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        kept = [d for d, size in enumerate(self.zero_point.shape) if size != 1]
+        reduced = [d for d in range(x.dim()) if d not in kept]
+        shape = self.zero_point.shape
+        low, high = x.amin(reduced).reshape(shape).to(self.minimum), x.amax(reduced).reshape(shape).to(self.maximum)
+        if not self.follow_input:
+            low = self.minimum + _AVERAGING_CONSTANT * (low - self.minimum)
+            high = self.maximum + _AVERAGING_CONSTANT * (high - self.maximum)
+        self.set_range(low, high)
+
+    def extra_repr(self) -> str:
+        """Bits, range and state."""
+        state = "" if self._ready else ", uncalibrated"
+        return f"bits={self.bits}, quant_min={self.quant_min}, quant_max={self.quant_max}{state}"
+
+
+def _read_flag(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, FakeQuantize)
+    module._ready = bool(module.calibrated)
+
+
+def quantizers(network: nn.Module) -> dict[str, FakeQuantize]:
+    """All quantizers of a network by module name, in order of registration."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, FakeQuantize)}

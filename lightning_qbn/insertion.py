@@ -1,0 +1,240 @@
+"""Insert quantizers into a network in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_qbn.config import QuantizationConfig
+from lightning_qbn.errors import UnsupportedNetworkError
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.graph import Site, Traced, has_weights, quantization_sites, trace
+from lightning_qbn.layers import (
+    WEIGHT_LAYERS,
+    WeightQuantized,
+    quantize_weight,
+    restore_weight,
+    weight_layers,
+    why_not_quantizable,
+)
+from lightning_qbn.operations import kind, name_of
+from lightning_qbn.rewriting import QuantizedNetwork, install, uninstall
+
+
+@dataclass(frozen=True)
+class InsertionReport:
+    """What `insert_quantizers` did.
+
+    Args:
+        weights: weight layer to its bits.
+        activations: activation quantizer to its bits.
+        left_in_float: layer, operation or untraced module to the reason why it was not quantized.
+        networks: names of the traced networks; ``""`` is the network itself.
+    """
+
+    weights: dict[str, int]
+    activations: dict[str, int]
+    left_in_float: dict[str, str]
+    networks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line, and one more for each thing left in float."""
+        head = f"{len(self.weights)} weight quantizers, {len(self.activations)} activation quantizers"
+        return "\n".join([head, *(f"in float: {name}: {why}" for name, why in self.left_in_float.items())])
+
+
+@dataclass
+class _Plan:
+    """Everything that will be done, found before the first change."""
+
+    traced: dict[str, Traced] = field(default_factory=dict)
+    sites: dict[str, list[Site]] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
+    left_in_float: dict[str, str] = field(default_factory=dict)
+
+
+def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> InsertionReport:
+    """Insert weight and activation quantizers, in place; they pass values through until they are calibrated.
+
+    The network stays the same object: class for `isinstance`, methods, Parameter objects and float
+    state_dict keys are kept, keys of the quantizers are added. Activation quantizers stand where integer
+    hardware rounds; batch-norms stay separate float layers.
+
+    Args:
+        network: any module with convolutions or linear layers; the largest submodules that `torch.fx` can
+            trace get activation quantizers, the rest weight quantizers only.
+        config: bits, granularity, overrides.
+
+    Returns:
+        What was quantized, and what was not and why.
+
+    Raises:
+        UnsupportedNetworkError: there is nothing to quantize, or quantizers are there already.
+        ConfigurationError: a pattern in the config matches no layer.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> insert_quantizers(net, QuantizationConfig(weight_bits=4)).weights
+    {'0': 4}
+    """
+    if quantizers(network):
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} has quantizers already. Call remove_quantizers(network) first."
+        )
+    plan = _plan(network)
+    if not plan.layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in plan.left_in_float.items())
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} has no convolution or linear layer that can be quantized"
+            f"{f' ({reasons})' if reasons else ''}. Quantizers need at least one."
+        )
+    config.check_patterns([*plan.layers, *(s.layer for sites in plan.sites.values() for s in sites)])
+    report = _carry_out(network, config, plan)
+    network.quantization_config = config  # type: ignore[assignment]
+    return report
+
+
+def remove_quantizers(network: nn.Module) -> None:
+    """Take all quantizers out again: the float network, bit for bit. Does nothing to a float network."""
+    for module in list(network.modules()):
+        if isinstance(module, WeightQuantized):
+            restore_weight(module)
+        if isinstance(module, QuantizedNetwork):
+            uninstall(module)
+    for path in quantizers(network):
+        owner, _, attribute = path.rpartition(".")
+        delattr(network.get_submodule(owner), attribute)
+    network.__dict__.pop("quantization_config", None)
+
+
+def quantized_networks(module: nn.Module) -> dict[str, QuantizedNetwork]:
+    """The traced networks in a module by name; ``""`` is the module itself."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedNetwork)}
+
+
+def _plan(network: nn.Module) -> _Plan:
+    plan = _Plan()
+    for name, module in _candidates(network, "", plan):
+        prefix = f"{name}." if name else ""
+        traced = plan.traced[name]
+        modules = dict(module.named_modules())
+        for graph in traced.graphs:
+            for node in graph.nodes:
+                if kind(node, modules) == "float":
+                    what = str(node.target) if node.op == "call_module" else name_of(node)
+                    plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
+        for graph in traced.graphs:
+            for site in quantization_sites(graph, module):
+                full = Site(site.node, site.owner, site.attribute, prefix + site.layer)
+                plan.sites.setdefault(name, []).append(full)
+    inside = _inside_opaque_modules(network, plan)
+    for name, module in network.named_modules():
+        if isinstance(module, WEIGHT_LAYERS):
+            reason = inside.get(name) or why_not_quantizable(module)
+            if reason:
+                plan.left_in_float[name] = reason
+            else:
+                plan.layers.append(name)
+    return plan
+
+
+def _candidates(module: nn.Module, name: str, plan: _Plan) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules that can be traced; fills in ``plan.traced`` and the reasons for the others."""
+    if not has_weights(module) or isinstance(module, WEIGHT_LAYERS):
+        return
+    children = {n: child for n, child in module.named_children() if has_weights(child)}
+    own_layers = any(isinstance(child, WEIGHT_LAYERS) for child in children.values())
+    # A LightningModule around one network: its training_step may call the network without its own forward.
+    if hasattr(module, "training_step") and len(children) == 1 and not own_layers:
+        ((child_name, child),) = children.items()
+        yield from _candidates(child, _join(name, child_name), plan)
+        return
+    try:
+        traced = trace(module)
+    except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
+        plan.left_in_float[name or type(module).__name__] = (
+            f"operations between its layers: {type(module).__name__} cannot be traced "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
+        reached: set[nn.Module] = set()
+    else:
+        plan.traced[name] = traced
+        yield name, module
+        targets = {str(n.target) for graph in traced.graphs for n in graph.nodes if n.op == "call_module"}
+        reached = {m for target in targets for m in module.get_submodule(target).modules()}
+    yield from _unreached(module, name, reached, plan)
+
+
+def _unreached(
+    module: nn.Module, name: str, reached: set[nn.Module], plan: _Plan
+) -> Iterator[tuple[str, nn.Module]]:
+    """Candidates among the children that a traced forward does not call."""
+    for child_name, child in module.named_children():
+        inside = set(child.modules()) & reached
+        if not inside:
+            yield from _candidates(child, _join(name, child_name), plan)
+        elif child not in reached:
+            yield from _unreached(child, _join(name, child_name), reached, plan)
+
+
+def _inside_opaque_modules(network: nn.Module, plan: _Plan) -> dict[str, str]:
+    """Weight layers below a module that the graph calls as a whole, such as nn.MultiheadAttention."""
+    inside = {}
+    for name, traced in plan.traced.items():
+        for node in (node for graph in traced.graphs for node in graph.nodes if node.op == "call_module"):
+            path = _join(name, str(node.target))
+            module = network.get_submodule(path)
+            for below, layer in module.named_modules(prefix=path):
+                if layer is not module and isinstance(layer, WEIGHT_LAYERS):
+                    inside[below] = f"it is inside {type(module).__name__}, which is called as a whole"
+    return inside
+
+
+def _carry_out(network: nn.Module, config: QuantizationConfig, plan: _Plan) -> InsertionReport:
+    weights: dict[str, int] = {}
+    activations: dict[str, int] = {}
+    left_in_float = dict(plan.left_in_float)
+    for name in plan.layers:
+        if config.skips(name):
+            left_in_float[name] = "skipped by the config"
+            continue
+        settings = config.for_layer(name)
+        quantize_weight(network.get_submodule(name), settings)  # type: ignore[arg-type]
+        weights[name] = settings.weight_bits
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    for name, sites in plan.sites.items():
+        root = network.get_submodule(name)
+        placed = {}
+        for site in sites:
+            settings = config.for_layer(site.layer)
+            if settings.activation_bits is None or config.skips(site.layer):
+                continue
+            placed[site.node] = site
+            owner = root.get_submodule(site.owner)
+            if not hasattr(owner, site.attribute):
+                quantizer = _activation_quantizer(settings).to(device).train(owner.training)
+                owner.add_module(site.attribute, quantizer)
+            activations[_join(name, site.path)] = settings.activation_bits
+        for node, site in placed.items():
+            with node.graph.inserting_after(node):
+                rounded = node.graph.call_module(site.path, (node,))
+            node.replace_all_uses_with(rounded, delete_user_cb=lambda user, new=rounded: user is not new)
+        install(root, plan.traced[name])
+    assert len(weight_layers(network)) == len(weights)
+    return InsertionReport(weights, activations, left_in_float, tuple(plan.traced))
+
+
+def _activation_quantizer(settings: QuantizationConfig) -> FakeQuantize:
+    assert settings.activation_bits is not None
+    return FakeQuantize(
+        settings.activation_bits,
+        signed=settings.activation_symmetric,
+        learned=settings.scale == "learned",
+        range_estimator=settings.range_estimator,
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

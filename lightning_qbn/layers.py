@@ -1,0 +1,254 @@
+"""Weight layers that quantize: the same object and the same Parameters, with another class.
+
+A layer passes through two forms. `quantize_weight` gives it a weight quantizer (training, simulation);
+`freeze_integers` replaces the weight of a folded copy by its integers and their scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_qbn.config import QuantizationConfig
+from lightning_qbn.fake_quantize import FakeQuantize
+
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_TRANSPOSED = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+WEIGHT_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+WeightLayer: TypeAlias = (
+    nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the weight has input channels first."""
+    return isinstance(layer, tuple(_TRANSPOSED))
+
+
+def out_channels(layer: WeightLayer) -> int:
+    """Number of output channels, or of output features."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def channel_shape(layer: WeightLayer) -> tuple[int, ...]:
+    """Shape of a per-channel tensor that broadcasts against `channel_view` of the layer's weight."""
+    rest = (1,) * (layer.weight.dim() - 2)
+    if not is_transposed(layer):
+        return (out_channels(layer), 1, *rest)
+    groups = layer.groups if not isinstance(layer, nn.Linear) else 1
+    return (groups, 1, out_channels(layer) // groups, *rest)
+
+
+def channel_view(layer: WeightLayer, weight: Tensor) -> Tensor:
+    """The weight with its output channels along the axes of `channel_shape`.
+
+    A transposed convolution of shape (in, out / groups, *kernel) is seen as
+    (groups, in / groups, out / groups, *kernel): only so has each output channel a place of its own.
+    """
+    if isinstance(layer, nn.Linear) or not is_transposed(layer):
+        return weight
+    return weight.reshape(layer.groups, -1, *weight.shape[1:])
+
+
+def apply_weight(
+    layer: WeightLayer, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+) -> Tensor:
+    """What the layer's own forward computes, with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    if is_transposed(layer):
+        padding = _output_padding(layer, x, output_size)
+        call = next(call for kind, call in _TRANSPOSED.items() if isinstance(layer, kind))
+        return call(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)  # type: ignore[operator]
+    padding_ = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding_ = F.pad(x, _both_sides(layer), mode=layer.padding_mode), 0  # type: ignore[assignment]
+    call = next(call for kind, call in _CONVOLUTIONS.items() if isinstance(layer, kind))
+    return call(x, weight, bias, layer.stride, padding_, layer.dilation, layer.groups)  # type: ignore[operator]
+
+
+def _both_sides(layer: Any) -> list[int]:
+    """Padding of a convolution as `F.pad` wants it: last axis first, before and after."""
+    if isinstance(layer.padding, str):
+        totals = [
+            d * (k - 1) if layer.padding == "same" else 0
+            for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+        ]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(p, p) for p in layer.padding]
+    return [amount for pair in reversed(sides) for amount in pair]
+
+
+def _output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> list[int]:
+    if output_size is None:
+        return list(layer.output_padding)
+    sizes = zip(
+        output_size[-len(layer.stride) :],
+        x.shape[-len(layer.stride) :],
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.kernel_size,
+        strict=True,
+    )
+    return [out - ((size - 1) * s - 2 * p + d * (k - 1) + 1) for out, size, s, p, d, k in sizes]
+
+
+class WeightQuantized(nn.Module):
+    """Form of a weight layer whose weight is fake-quantized in every forward pass."""
+
+    float_class: type[nn.Module]
+    weight_quantizer: FakeQuantize
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the forward pass uses it, on the quantizer's grid; shape of ``weight``."""
+        layer = cast(WeightLayer, self)
+        return self.weight_quantizer(channel_view(layer, layer.weight)).view_as(layer.weight)
+
+    def integers(self) -> Tensor:
+        """The integers of the weight, int8, in the shape of the weight."""
+        layer = cast(WeightLayer, self)
+        view = channel_view(layer, layer.weight.detach())
+        return self.weight_quantizer.quantize(view).view_as(layer.weight).to(torch.int8)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The layer's own forward with the rounded weight."""
+        layer = cast(WeightLayer, self)
+        return apply_weight(layer, input, self.quantized_weight(), layer.bias, output_size)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the float class: the quantized one is made at run time."""
+        return _new, (WeightQuantized, self.float_class), self.__dict__
+
+
+class IntegerWeight(nn.Module):
+    """Form of a weight layer in a folded network: int8 weights and a float32 scale, no Parameter."""
+
+    float_class: type[nn.Module]
+    weight_integers: Tensor
+    weight_scale: Tensor
+    weight_bits: int
+
+    def integers(self) -> Tensor:
+        """The integers of the weight, int8, in the shape of the weight."""
+        return self.weight_integers
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the integers stand for: integers times scale, in the dtype of the scale."""
+        layer = cast(WeightLayer, self)
+        view = self.weight_integers.to(self.weight_scale.dtype)
+        if is_transposed(layer):
+            groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+            view = view.reshape(groups, -1, *view.shape[1:])
+        return (view * self.weight_scale).view_as(self.weight_integers)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The layer's own forward with integers times scale."""
+        layer = cast(WeightLayer, self)
+        return apply_weight(layer, input, self.weight, layer.bias, output_size)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the float class."""
+        return _new, (IntegerWeight, self.float_class), self.__dict__
+
+
+@functools.cache
+def in_form(form: type[nn.Module], float_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer in one of its forms, a subclass of its float class."""
+    name = f"{form.__name__}{float_class.__name__}"
+    return type(name, (form, float_class), {"float_class": float_class, "__module__": __name__})
+
+
+def _new(form: type[nn.Module], float_class: type[nn.Module]) -> nn.Module:
+    cls = in_form(form, float_class)
+    return cls.__new__(cls)
+
+
+def why_not_quantizable(layer: nn.Module) -> str | None:
+    """Why a weight layer has to stay in float, or None."""
+    kind = next((kind for kind in WEIGHT_LAYERS if isinstance(layer, kind)), None)
+    if kind is None:
+        return f"{type(layer).__name__} is no convolution or linear layer"
+    own = [name for name in ("forward", "_conv_forward") if getattr(type(layer), name, None) is not getattr(kind, name, None)]
+    if own:
+        return f"{type(layer).__name__} has its own {own[0]}()"
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        return "its weight has no shape yet: run the network once before quantizing it"
+    if not layer.weight.is_floating_point():  # type: ignore[union-attr]
+        return f"its weight is {layer.weight.dtype}, not floating point"
+    return None
+
+
+def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuantize:
+    """Give a layer a weight quantizer, in place: same object, same Parameters, `isinstance` still true."""
+    quantizer = FakeQuantize(
+        config.weight_bits,
+        signed=True,
+        narrow=True,
+        scale_shape=channel_shape(layer) if config.weight_granularity == "per_channel" else (),
+        learned=config.scale == "learned",
+        follow_input=True,
+        range_estimator=config.range_estimator,
+    ).to(layer.weight.device)
+    quantizer.train(layer.training)
+    layer.weight_quantizer = quantizer
+    layer.__class__ = in_form(WeightQuantized, type(layer))  # type: ignore[assignment]
+    return quantizer
+
+
+def restore_weight(layer: WeightQuantized) -> None:
+    """Undo `quantize_weight`."""
+    del layer.weight_quantizer
+    layer.__class__ = layer.float_class  # type: ignore[assignment]
+
+
+def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Replace the weight of a quantized layer by integers and a scale, in place.
+
+    Args:
+        layer: in the form `WeightQuantized`.
+        integers: int8, of the shape of the weight.
+        scale: of shape `channel_shape`.
+        bias: of shape (out channels,), or None for a layer without bias.
+    """
+    assert isinstance(layer, WeightQuantized)
+    layer.weight_bits = layer.weight_quantizer.bits  # type: ignore[assignment]
+    restore_weight(layer)
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight")
+    del layer.weight
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    layer.register_buffer("weight_integers", integers)
+    layer.register_buffer("weight_scale", scale)
+    layer.__class__ = in_form(IntegerWeight, type(layer))  # type: ignore[assignment]
+
+
+def weight_layers(network: nn.Module) -> dict[str, WeightQuantized | IntegerWeight]:
+    """All quantized weight layers by module name, in either form."""
+    forms = (WeightQuantized, IntegerWeight)
+    return {name: module for name, module in network.named_modules() if isinstance(module, forms)}
+
+
+def integer_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The integers that stand for the weights of a quantized or a folded network.
+
+    Returns:
+        Module name to int8 tensor of the weight's shape. Layers whose quantizer is not calibrated yet, and
+        layers left in float, are not in it.
+    """
+    return {
+        name: layer.integers()
+        for name, layer in weight_layers(network).items()
+        if isinstance(layer, IntegerWeight) or layer.weight_quantizer.is_calibrated
+    }

@@ -1,0 +1,104 @@
+"""Run batches through a network and leave no trace: modes, gradients, random state come back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qbn.errors import ConfigurationError, DataError, QuantizationError
+
+ForwardFn: TypeAlias = Callable[[Any, Any], Any]
+
+
+def default_forward(network: nn.Module, batch: Any) -> Any:
+    """Call the network with a batch that is a tensor, or with the first element of a tuple or list.
+
+    The input is moved to the device of the network.
+
+    Raises:
+        DataError: the batch has another form.
+    """
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, Tensor):
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, dict):
+            found += f" with the keys {list(batch)}"
+        elif isinstance(batch, tuple | list):
+            found += f" that starts with a {type(first).__name__}" if batch else " that is empty"
+        raise DataError(
+            f"A batch is {found}; expected a tensor, or a tuple or list whose first element is the input tensor. "
+            f"Pass forward_fn, such as: lambda network, batch: network(batch['image'])."
+        )
+    device = next((t.device for t in (*network.parameters(), *network.buffers())), first.device)
+    return network(first.to(device))
+
+
+def check_num_batches(num_batches: object, error: type[QuantizationError] = ConfigurationError) -> None:
+    """Raise unless ``num_batches`` is a whole number of at least 1."""
+    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
+        raise error(f"num_batches must be a whole number of at least 1, found {num_batches!r}.")
+
+
+@contextmanager
+def quiet(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no compiled code (it skips hooks); then everything as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    devices = {t.device.index for t in network.parameters() if t.device.type == "cuda"}
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
+        stack.enter_context(torch.no_grad())
+        try:
+            network.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def run(
+    network: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int,
+    forward_fn: ForwardFn | None,
+    error: type[QuantizationError],
+) -> Iterator[int]:
+    """Pass up to ``num_batches`` batches through the network; yields the index of each once it is through.
+
+    Raises:
+        QuantizationError: of the type ``error``; a batch failed (its index is named) or there was none.
+    """
+    forward = forward_fn or default_forward
+    index = -1
+    iterator = iter(batches)
+    while index + 1 < num_batches:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except QuantizationError:
+            raise
+        except Exception as cause:
+            raise error(f"Batch {index + 1} could not be loaded: {type(cause).__name__}: {cause}") from cause
+        index += 1
+        try:
+            forward(network, batch)
+        except QuantizationError:
+            raise
+        except Exception as cause:
+            raise error(f"Batch {index} failed in the forward pass: {type(cause).__name__}: {cause}") from cause
+        yield index
+    if index < 0:
+        raise error("The loader gave no batch. Pass an iterable with at least one batch of training data.")
+
+
+def keep(batches: Iterable[Any], num_batches: int) -> list[Any]:
+    """The first batches, held in memory."""
+    return list(islice(batches, num_batches))
