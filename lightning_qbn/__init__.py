@@ -6,33 +6,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_qbn.calibration import Calibration, calibrate_quantizers
-    from lightning_qbn.callbacks.export import QuantizedExport
-    from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
-    from lightning_qbn.callbacks.reestimation import BatchNormReestimation
-    from lightning_qbn.callbacks.report import RunReport
-    from lightning_qbn.checkpoint import load_quantized
-    from lightning_qbn.config import QuantizationConfig
-    from lightning_qbn.errors import (
-        CalibrationError,
-        ConfigurationError,
-        DataError,
-        ExportError,
-        FoldingError,
-        QuantizationError,
-        QuantizationWarning,
-        ReestimationError,
-        UnsupportedNetworkError,
-    )
-    from lightning_qbn.export.encodings import export_encodings
-    from lightning_qbn.export.onnx import ExportReport, export_onnx
-    from lightning_qbn.export.program import export_program
-    from lightning_qbn.fake_quantize import FakeQuantize, fake_quantize
-    from lightning_qbn.folding import FoldingReport, fold_batch_norms
-    from lightning_qbn.insertion import InsertionReport, insert_quantizers, remove_quantizers
-    from lightning_qbn.layers import integer_weights
-    from lightning_qbn.reestimation import LayerDrift, Reestimation, reestimate_batch_norms
-    from lightning_qbn.schedule import QATSchedule
+    from lightning_qbn.calibration import Calibration as Calibration
+    from lightning_qbn.calibration import calibrate_quantizers as calibrate_quantizers
+    from lightning_qbn.callbacks.export import QuantizedExport as QuantizedExport
+    from lightning_qbn.callbacks.quantization import QuantizationAwareTraining as QuantizationAwareTraining
+    from lightning_qbn.callbacks.reestimation import BatchNormReestimation as BatchNormReestimation
+    from lightning_qbn.callbacks.report import RunReport as RunReport
+    from lightning_qbn.checkpoint import load_quantized as load_quantized
+    from lightning_qbn.config import QuantizationConfig as QuantizationConfig
+    from lightning_qbn.errors import CalibrationError as CalibrationError
+    from lightning_qbn.errors import ConfigurationError as ConfigurationError
+    from lightning_qbn.errors import DataError as DataError
+    from lightning_qbn.errors import ExportError as ExportError
+    from lightning_qbn.errors import FoldingError as FoldingError
+    from lightning_qbn.errors import QuantizationError as QuantizationError
+    from lightning_qbn.errors import QuantizationWarning as QuantizationWarning
+    from lightning_qbn.errors import ReestimationError as ReestimationError
+    from lightning_qbn.errors import UnsupportedNetworkError as UnsupportedNetworkError
+    from lightning_qbn.export.encodings import export_encodings as export_encodings
+    from lightning_qbn.export.onnx import ExportReport as ExportReport
+    from lightning_qbn.export.onnx import export_onnx as export_onnx
+    from lightning_qbn.export.program import export_program as export_program
+    from lightning_qbn.fake_quantize import FakeQuantize as FakeQuantize
+    from lightning_qbn.fake_quantize import fake_quantize as fake_quantize
+    from lightning_qbn.folding import FoldingReport as FoldingReport
+    from lightning_qbn.folding import fold_batch_norms as fold_batch_norms
+    from lightning_qbn.insertion import InsertionReport as InsertionReport
+    from lightning_qbn.insertion import insert_quantizers as insert_quantizers
+    from lightning_qbn.insertion import remove_quantizers as remove_quantizers
+    from lightning_qbn.layers import integer_weights as integer_weights
+    from lightning_qbn.reestimation import LayerDrift as LayerDrift
+    from lightning_qbn.reestimation import Reestimation as Reestimation
+    from lightning_qbn.reestimation import reestimate_batch_norms as reestimate_batch_norms
+    from lightning_qbn.schedule import QATSchedule as QATSchedule
 
 # Looked up on first use: `lightning-qbn --help` and the core should not wait for Lightning or ONNX to load.
 _HOMES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ReestimationError
 from lightning_qbn.layers import WEIGHT_LAYERS
-from lightning_qbn.passes import ForwardFn, keep, run
+from lightning_qbn.passes import ForwardFn, default_forward, keep, run
 from lightning_qbn.statistics import MeanOfBatches
 
 _FEWEST_BATCHES = 5  # before a tolerance may stop the collection: the spread of fewer says too little
@@ -91,8 +91,8 @@ def collect_sequentially(
         several = order.count(name) > used  # called again in one pass: its later calls need its first output
         _collect_one(network, name, statistics[name], kept, forward_fn, several)
         mean, variance = statistics[name].result()
-        statistics[name].module.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
-        statistics[name].module.running_var.copy_(variance)  # type: ignore[operator, union-attr]
+        statistics[name].module.running_mean.copy_(mean)  # type: ignore[operator]
+        statistics[name].module.running_var.copy_(variance)  # type: ignore[operator]
     return used
 
 
@@ -109,6 +109,7 @@ def _collect_one(
     several: bool,
 ) -> None:
     index = 0
+    forward = forward_fn or default_forward
 
     def collect(_: str, x: Tensor) -> None:
         statistics.add(name, x, index)
@@ -119,13 +120,10 @@ def _collect_one(
         _hooked(network, {name: statistics}, collect),
         _normalising_by_batch([statistics.module] if several else []),
     ):
-        for index in range(len(batches)):  # noqa: B007  the hook above reads it
-            try:
-                for _ in run(network, batches[index : index + 1], 1, forward_fn, ReestimationError):
-                    pass
-            except ReestimationError as error:
-                if not isinstance(error.__cause__, _Stop):
-                    raise
+        for batch in batches:
+            with suppress(_Stop):
+                forward(network, batch)
+            index += 1
 
 
 @contextmanager
@@ -150,9 +148,8 @@ def _hooked(
     try:
         for name, entry in statistics.items():
             handles.append(entry.module.register_forward_pre_hook(before(name)))
-        for module in network.modules():
-            if isinstance(module, WEIGHT_LAYERS):
-                handles.append(module.register_forward_pre_hook(remember))
+        layers = [module for module in network.modules() if isinstance(module, WEIGHT_LAYERS)]
+        handles += [layer.register_forward_pre_hook(remember) for layer in layers]
         yield
     finally:
         for handle in handles:

@@ -121,9 +121,10 @@ class QuantizationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON and for checkpoints that load with ``weights_only=True``."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_PER_LAYER
-        } | {"overrides": {p: dict(s) for p, s in self.overrides.items()}, "skip": list(self.skip)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_PER_LAYER} | {
+            "overrides": {p: dict(s) for p, s in self.overrides.items()},
+            "skip": list(self.skip),
+        }
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -25,7 +25,14 @@ from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import atomic, check_writable
 
 # What of the trainer's settings changes no weight of the float network.
-_COSMETIC = {"max_epochs", "default_root_dir", "log_every_n_steps", "enable_model_summary", "enable_progress_bar", "logger"}
+_COSMETIC = {
+    "max_epochs",
+    "default_root_dir",
+    "log_every_n_steps",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "logger",
+}
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -76,7 +83,7 @@ def load_float(module: LightningModule, path: str | Path) -> None:
     if missing or unexpected:
         raise ConfigurationError(
             f"{path} does not fit {type(network).__name__}: it lacks {sorted(missing)[:3]} ({len(missing)} in all) and "
-            f"has {sorted(unexpected)[:3]} ({len(unexpected)} in all) beyond it. Is it a float checkpoint of this model?"
+            f"has {sorted(unexpected)[:3]} ({len(unexpected)} in all) beyond it. Is it a float checkpoint of it?"
         )
     target.load_state_dict(weights)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+Bound: TypeAlias = Any  # Tensor | int, which no overload of Tensor.clamp takes
 _AVERAGING_CONSTANT = 0.01  # of the moving minimum and maximum of observed activations, as in torch's observer
 _SMALLEST_SCALE = 2.0**-100  # keeps 1 / scale and products of two scales inside float32
 
@@ -19,7 +20,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         quantized = (x.to(wide) / scale).round_().clamp_(low, high).mul_(scale)
         return quantized.to(x.dtype)
@@ -46,7 +47,7 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_scale, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
     """Round a tensor to the grid ``scale * {low, ..., high}``, halves to even as ONNX QuantizeLinear does.
 
     Args:
@@ -62,7 +63,7 @@ def fake_quantize(x: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | in
     >>> fake_quantize(torch.tensor([0.26, 0.9, -3.0]), torch.tensor(0.5), -1, 1)
     tensor([ 0.5000,  0.5000, -0.5000])
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high)
+    result: Tensor = _FakeQuantize.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -117,7 +118,7 @@ class FakeQuantize(nn.Module):
         self.observing = True
         # Control flow reads a Python flag: reading the buffer would break compiled graphs and wait for a GPU.
         self._ready = False
-        self.register_load_state_dict_post_hook(_read_flag)
+        self.register_load_state_dict_post_hook(_read_flag)  # type: ignore[no-untyped-call]
 
     @property
     def scale(self) -> Tensor:
@@ -178,7 +179,7 @@ class FakeQuantize(nn.Module):
             self._observe(x.detach())
         return fake_quantize(x, self.scale, *self._bounds())
 
-    def _bounds(self) -> tuple[Tensor | int, Tensor | int]:
+    def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed:
             return self.quant_min, self.quant_max
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point

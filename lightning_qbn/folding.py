@@ -57,9 +57,9 @@ class _Frozen:
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """A copy of the network with integer weights, and batch-norm folded into their scale where it can be.
+    r"""A copy of the network with integer weights, and batch-norm folded into their scale where it can be.
 
-    With c = gamma / sqrt(running_var + eps): scale' = \\|c\\| * scale, integers' = sign(c) * integers,
+    With c = gamma / sqrt(running_var + eps): scale' = \|c\| * scale, integers' = sign(c) * integers,
     bias' = beta - mean * c + bias * c, computed in float64. Weights per tensor get one scale per channel,
     and keep their integers. A batch-norm that cannot be folded stays a correct layer of its own.
 
@@ -200,7 +200,8 @@ def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Factor and shift per channel of a batch-norm in inference form, float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()

@@ -100,13 +100,15 @@ def _trace_once(network: nn.Module) -> fx.Graph:
     fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     for name, default in fixed.items():
         if isinstance(default, tuple | list | dict):
-            raise UnsupportedNetworkError(f"argument {name!r} of forward has the default {default!r}, which no trace keeps")
+            raise UnsupportedNetworkError(
+                f"argument {name!r} of forward has the default {default!r}, which no trace keeps"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
         graph = _Tracer().trace(network, fixed)
     required = {p.name for p in parameters} - set(fixed)
     for node in [n for n in graph.nodes if n.op == "placeholder" and str(n.target).lstrip("*") not in required]:
-        for user in [u for user in node.users for u in (*user.users, user)]:
+        for user in [u for checked in node.users for u in (*checked.users, checked)]:
             graph.erase_node(user)
         graph.erase_node(node)
     graph.lint()

@@ -167,9 +167,7 @@ def _candidates(module: nn.Module, name: str, plan: _Plan) -> Iterator[tuple[str
     yield from _unreached(module, name, reached, plan)
 
 
-def _unreached(
-    module: nn.Module, name: str, reached: set[nn.Module], plan: _Plan
-) -> Iterator[tuple[str, nn.Module]]:
+def _unreached(module: nn.Module, name: str, reached: set[nn.Module], plan: _Plan) -> Iterator[tuple[str, nn.Module]]:
     """Candidates among the children that a traced forward does not call."""
     for child_name, child in module.named_children():
         inside = set(child.modules()) & reached
@@ -220,7 +218,7 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: _Plan) -> I
         for node, site in placed.items():
             with node.graph.inserting_after(node):
                 rounded = node.graph.call_module(site.path, (node,))
-            node.replace_all_uses_with(rounded, delete_user_cb=lambda user, new=rounded: user is not new)
+            node.replace_all_uses_with(rounded, delete_user_cb=rounded.__ne__)
         install(root, plan.traced[name])
     assert len(weight_layers(network)) == len(weights)
     return InsertionReport(weights, activations, left_in_float, tuple(plan.traced))

@@ -6,24 +6,23 @@ A layer passes through two forms. `quantize_weight` gives it a weight quantizer 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.fake_quantize import FakeQuantize
 
-_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-_TRANSPOSED = {
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-WEIGHT_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 WeightLayer: TypeAlias = (
     nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
@@ -65,15 +64,18 @@ def apply_weight(
     """What the layer's own forward computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
+    convolved: Tensor
     if is_transposed(layer):
         padding = _output_padding(layer, x, output_size)
         call = next(call for kind, call in _TRANSPOSED.items() if isinstance(layer, kind))
-        return call(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)  # type: ignore[operator]
-    padding_ = layer.padding
+        convolved = call(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+        return convolved
+    padding_: Any = layer.padding
     if layer.padding_mode != "zeros":
-        x, padding_ = F.pad(x, _both_sides(layer), mode=layer.padding_mode), 0  # type: ignore[assignment]
+        x, padding_ = F.pad(x, _both_sides(layer), mode=layer.padding_mode), 0
     call = next(call for kind, call in _CONVOLUTIONS.items() if isinstance(layer, kind))
-    return call(x, weight, bias, layer.stride, padding_, layer.dilation, layer.groups)  # type: ignore[operator]
+    convolved = call(x, weight, bias, layer.stride, padding_, layer.dilation, layer.groups)
+    return convolved
 
 
 def _both_sides(layer: Any) -> list[int]:
@@ -113,7 +115,8 @@ class WeightQuantized(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it, on the quantizer's grid; shape of ``weight``."""
         layer = cast(WeightLayer, self)
-        return self.weight_quantizer(channel_view(layer, layer.weight)).view_as(layer.weight)
+        rounded: Tensor = self.weight_quantizer(channel_view(layer, layer.weight))
+        return rounded.view_as(layer.weight)
 
     def integers(self) -> Tensor:
         """The integers of the weight, int8, in the shape of the weight."""
@@ -151,7 +154,8 @@ class IntegerWeight(nn.Module):
         if is_transposed(layer):
             groups = 1 if isinstance(layer, nn.Linear) else layer.groups
             view = view.reshape(groups, -1, *view.shape[1:])
-        return (view * self.weight_scale).view_as(self.weight_integers)
+        weight: Tensor = (view * self.weight_scale).view_as(self.weight_integers)
+        return weight
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The layer's own forward with integers times scale."""
@@ -163,16 +167,21 @@ class IntegerWeight(nn.Module):
         return _new, (IntegerWeight, self.float_class), self.__dict__
 
 
-@functools.cache
-def in_form(form: type[nn.Module], float_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer in one of its forms, a subclass of its float class."""
-    name = f"{form.__name__}{float_class.__name__}"
-    return type(name, (form, float_class), {"float_class": float_class, "__module__": __name__})
+_FORMS: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def in_form(form: type[nn.Module], float_class: type[nn.Module]) -> Any:
+    """The class of a layer in one of its forms, a subclass of its float class; the same one every time."""
+    if (form, float_class) not in _FORMS:
+        contents = {"float_class": float_class, "__module__": __name__}
+        _FORMS[form, float_class] = type(f"{form.__name__}{float_class.__name__}", (form, float_class), contents)
+    return _FORMS[form, float_class]
 
 
 def _new(form: type[nn.Module], float_class: type[nn.Module]) -> nn.Module:
     cls = in_form(form, float_class)
-    return cls.__new__(cls)
+    module: nn.Module = cls.__new__(cls)
+    return module
 
 
 def why_not_quantizable(layer: nn.Module) -> str | None:
@@ -180,12 +189,16 @@ def why_not_quantizable(layer: nn.Module) -> str | None:
     kind = next((kind for kind in WEIGHT_LAYERS if isinstance(layer, kind)), None)
     if kind is None:
         return f"{type(layer).__name__} is no convolution or linear layer"
-    own = [name for name in ("forward", "_conv_forward") if getattr(type(layer), name, None) is not getattr(kind, name, None)]
+    own = [
+        name
+        for name in ("forward", "_conv_forward")
+        if getattr(type(layer), name, None) is not getattr(kind, name, None)
+    ]
     if own:
         return f"{type(layer).__name__} has its own {own[0]}()"
     if isinstance(layer.weight, nn.UninitializedParameter):
         return "its weight has no shape yet: run the network once before quantizing it"
-    if not layer.weight.is_floating_point():  # type: ignore[union-attr]
+    if isinstance(layer.weight, Tensor) and not layer.weight.is_floating_point():
         return f"its weight is {layer.weight.dtype}, not floating point"
     return None
 
@@ -203,7 +216,7 @@ def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuant
     ).to(layer.weight.device)
     quantizer.train(layer.training)
     layer.weight_quantizer = quantizer
-    layer.__class__ = in_form(WeightQuantized, type(layer))  # type: ignore[assignment]
+    layer.__class__ = in_form(WeightQuantized, type(layer))
     return quantizer
 
 
@@ -223,7 +236,7 @@ def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Ten
         bias: of shape (out channels,), or None for a layer without bias.
     """
     assert isinstance(layer, WeightQuantized)
-    layer.weight_bits = layer.weight_quantizer.bits  # type: ignore[assignment]
+    layer.__dict__["weight_bits"] = layer.weight_quantizer.bits
     restore_weight(layer)
     if parametrize.is_parametrized(layer, "weight"):
         parametrize.remove_parametrizations(layer, "weight")
@@ -231,7 +244,7 @@ def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Ten
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     layer.register_buffer("weight_integers", integers)
     layer.register_buffer("weight_scale", scale)
-    layer.__class__ = in_form(IntegerWeight, type(layer))  # type: ignore[assignment]
+    layer.__class__ = in_form(IntegerWeight, type(layer))
 
 
 def weight_layers(network: nn.Module) -> dict[str, WeightQuantized | IntegerWeight]:

@@ -8,9 +8,11 @@ from typing import Literal, TypeAlias
 from torch import fx, nn
 
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qbn.layers import WEIGHT_LAYERS
+
+BatchNorm = _BatchNorm
 
 # weight: convolution or linear layer. norm: batch-norm. clamp, curve: activations, which can end the group
 # before them; a clamp only cuts values off.

@@ -22,15 +22,15 @@ _DEFAULT_ESTIMATOR = {"joint": "mean_of_batches", "sequential": "population"}
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far the statistics of one batch-norm moved.
+    r"""How far the statistics of one batch-norm moved.
 
     Args:
         name: module name of the batch-norm.
         depthwise: whether a depthwise convolution feeds it.
         channels: number of channels.
-        mean_shift: mean over channels of \\|new mean - old mean\\|, in old standard deviations.
+        mean_shift: mean over channels of \|new mean - old mean\|, in old standard deviations.
         variance_ratio: geometric mean over channels of new variance / old variance.
-        kl: mean over channels of KL(new \\|\\| old) between the two normal distributions, in nats.
+        kl: mean over channels of KL(new \|\| old) between the two normal distributions, in nats.
     """
 
     name: str
@@ -136,38 +136,42 @@ def reestimate_batch_norms(
     found, skipped = _find(network)
     if not found:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items()) or "it has no batch-norm"
-        warnings.warn(
-            f"{type(network).__name__} has no batch-norm statistics to re-estimate: {why}. Nothing has changed.",
-            QuantizationWarning,
-            stacklevel=2,
-        )
+        _warn(f"{type(network).__name__} has no batch-norm statistics to re-estimate: {why}. Nothing has changed.")
         return Reestimation([], 0, None, skipped, [])
-    old = {name: (bn.running_mean.clone(), bn.running_var.clone()) for name, bn in found.items()}  # type: ignore[union-attr]
-    statistics = {name: Statistics(bn, ESTIMATORS[estimator or _DEFAULT_ESTIMATOR[mode]]) for name, bn in found.items()}
+    old = {name: _read(bn) for name, bn in found.items()}
+    kind = ESTIMATORS[estimator or _DEFAULT_ESTIMATOR[mode]]
+    statistics = {name: Statistics(bn, kind) for name, bn in found.items()}
     collect = collect_jointly if mode == "joint" else collect_sequentially
     try:
         with quiet(network):
             used = collect(network, statistics, batches, num_batches, tolerance, forward_fn)
             reached = {name: s for name, s in statistics.items() if s.count}
-            for name in reached:
-                _write(found[name], *reached[name].result())
+            for name, seen in reached.items():
+                _write(found[name], *seen.result())
     except BaseException:
         for name, bn in found.items():
             _write(bn, *old[name])
         raise
-    for name in found.keys() - reached.keys():
-        _write(found[name], *old[name])
-        skipped[name] = "was reached by no batch and keeps its statistics"
+    skipped |= {name: "was reached by no batch" for name in found if name not in reached}
     if used < num_batches and tolerance is None:
-        message = f"The loader gave {used} batches, fewer than num_batches={num_batches}; the statistics rest on {used}."
-        warnings.warn(message, QuantizationWarning, stacklevel=2)
+        _warn(f"The loader gave {used} batches, fewer than num_batches={num_batches}; the result rests on {used}.")
     if skipped:
         reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        warnings.warn(f"Not re-estimated: {reasons}.", QuantizationWarning, stacklevel=2)
-    saved = [_Saved(found[n], old[n], (found[n].running_mean.clone(), found[n].running_var.clone())) for n in reached]  # type: ignore[operator, union-attr]
-    layers = [_drift(name, statistics[name].depthwise, s) for name, s in zip(reached, saved, strict=True)]
+        _warn(f"Not re-estimated, so that they keep their statistics: {reasons}.")
+    saved = {name: _Saved(found[name], old[name], _read(found[name])) for name in reached}
+    layers = [_drift(name, statistics[name].depthwise, entry) for name, entry in saved.items()]
     layers.sort(key=lambda layer: -layer.kl)
-    return Reestimation(layers, used, _standard_error(reached.values()), skipped, saved)
+    return Reestimation(layers, used, _standard_error(reached.values()), skipped, list(saved.values()))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, QuantizationWarning, stacklevel=3)
+
+
+def _read(module: BatchNorm) -> tuple[Tensor, Tensor]:
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return module.running_mean.clone(), module.running_var.clone()
 
 
 def check_settings(mode: str, estimator: str | None, tolerance: float | None) -> None:
@@ -182,8 +186,8 @@ def check_settings(mode: str, estimator: str | None, tolerance: float | None) ->
         raise ReestimationError("tolerance works in joint mode only; give num_batches in sequential mode.")
 
 
-def _find(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    found: dict[str, nn.Module] = {}
+def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
+    found: dict[str, BatchNorm] = {}
     skipped = {}
     for name, module in network.named_modules():
         if not isinstance(module, BatchNorm):
@@ -200,8 +204,8 @@ def _find(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
 def _write(module: nn.Module, mean: Tensor, variance: Tensor) -> None:
     # copy_ keeps the buffer objects, which optimizers, DDP and compiled graphs may hold.
     with torch.no_grad():
-        module.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
-        module.running_var.copy_(variance)  # type: ignore[operator, union-attr]
+        module.running_mean.copy_(mean)  # type: ignore[operator]
+        module.running_var.copy_(variance)  # type: ignore[operator]
 
 
 def _standard_error(statistics: Iterable[Statistics]) -> float | None:

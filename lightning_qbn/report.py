@@ -7,7 +7,7 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from rich.table import Table
@@ -90,10 +90,7 @@ def to_table(record: RunRecord) -> Table:
 
 def _rows(record: RunRecord) -> list[tuple[str, str, str]]:
     sizes = {"float": record.float_bytes, "onnx": record.export.bytes if record.export else 0}
-    rows = [
-        (label, _number(record.accuracy.get(stage)), _size(sizes.get(stage, 0)))
-        for stage, label in STAGES.items()
-    ]
+    rows = [(label, _number(record.accuracy.get(stage)), _size(sizes.get(stage, 0))) for stage, label in STAGES.items()]
     control = record.context.get("control")
     if control:
         rows.insert(1, ("float control, as many steps", _number(control["accuracy"]), ""))
@@ -124,7 +121,13 @@ def to_html(record: RunRecord) -> str:
     """The record as one self-contained page."""
     data = to_dict(record)
     drift = [
-        (d["name"], "depthwise" if d["depthwise"] else "", _digits(d["mean_shift"]), _digits(d["variance_ratio"]), _digits(d["kl"]))
+        (
+            d["name"],
+            "depthwise" if d["depthwise"] else "",
+            _digits(d["mean_shift"]),
+            _digits(d["variance_ratio"]),
+            _digits(d["kl"]),
+        )
         for d in data["reestimation"]["layers"]
     ]
     in_float = list((data["quantization"] or {}).get("left_in_float", {}).items())
@@ -160,13 +163,8 @@ def _digits(value: float | None) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"lightning_qbn": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    ours = {"lightning_qbn": __version__, "python": platform.python_version()}
+    return ours | {package: version(package) for package in _PACKAGES}
 
 
 def _finite(value: Any) -> Any:

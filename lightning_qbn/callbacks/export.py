@@ -125,8 +125,8 @@ class QuantizedExport(Callback):
             handle.remove()
         if not seen:
             raise ExportError(
-                f"forward_fn did not call the network {self.network or type(module).__name__!r}, so there is no example "
-                f"of its input. Pass example_input."
+                f"forward_fn did not call the network {self.network or type(module).__name__!r}, so no example "
+                f"of its input is known. Pass example_input."
             )
         return seen[0]
 
@@ -145,5 +145,7 @@ class QuantizedExport(Callback):
             export_encodings(target, files["encodings"])
         if "program" in self.formats:
             inputs = example if isinstance(example, tuple) else (example,)
-            export_program(target, files["program"], tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs))
+            export_program(
+                target, files["program"], tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs)
+            )
         self.files = {name: files[name] for name in self.formats}

@@ -77,6 +77,4 @@ def _move(optimizer: Optimizer, scales: list[Any], schedulers: list[Any], scale_
 
 def _flatten(schedulers: list[Any]) -> list[Any]:
     """Schedulers and those inside SequentialLR and ChainedScheduler."""
-    return [
-        one for scheduler in schedulers for one in (scheduler, *_flatten(getattr(scheduler, "_schedulers", [])))
-    ]
+    return [one for scheduler in schedulers for one in (scheduler, *_flatten(getattr(scheduler, "_schedulers", [])))]

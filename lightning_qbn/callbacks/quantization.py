@@ -25,9 +25,7 @@ from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.insertion import InsertionReport, insert_quantizers
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
-from lightning_qbn.schedule import Phase, QATSchedule
-
-
+from lightning_qbn.schedule import QATSchedule
 
 
 class QuantizationAwareTraining(Callback):
@@ -161,7 +159,9 @@ class QuantizationAwareTraining(Callback):
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """The fields in which two configs differ, as text."""
-    return ", ".join(f"{key}: {saved.get(key)!r} against {present[key]!r}" for key in present if saved.get(key) != present[key])
+    return ", ".join(
+        f"{key}: {saved.get(key)!r} against {present[key]!r}" for key in present if saved.get(key) != present[key]
+    )
 
 
 def _refuse_sharding(strategy: Strategy) -> None:

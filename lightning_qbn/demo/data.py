@@ -62,7 +62,9 @@ class Digits(_ImagesAndLabels):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError as cause:
-            raise DataError('The digits come with scikit-learn. Install it: pip install "lightning-qbn[demo]"') from cause
+            raise DataError(
+                'The digits come with scikit-learn. Install it: pip install "lightning-qbn[demo]"'
+            ) from cause
         images, labels = load_digits(return_X_y=True)
         images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
         labels = torch.tensor(labels)
@@ -153,7 +155,7 @@ def _download(name: str, folder: Path) -> None:
     path = folder / f"{name}.gz"
     if path.is_file():
         return
-    with urllib.request.urlopen(f"{_URL}{name}.gz", timeout=60) as response:
+    with urllib.request.urlopen(f"{_URL}{name}.gz", timeout=60) as response:  # noqa: S310  https, and checked below
         packed = response.read()
     _check(name, gzip.decompress(packed))
     with atomic(path) as temporary:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 
-def _conv_bn(inputs: int, outputs: int, kernel: int, momentum: float, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv_bn(
+    inputs: int, outputs: int, kernel: int, momentum: float, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs, momentum=momentum)]
 

@@ -142,7 +142,7 @@ def _deploy_layer(name: str, layer: IntegerWeight, input_scale: Tensor | None) -
     layer.register_buffer("bias_integers", bias_integers)
     if bias_integers is not None:
         layer.register_parameter("bias", None)
-    layer.__class__ = in_form(DeployedWeight, layer.float_class)  # type: ignore[assignment]
+    layer.__class__ = in_form(DeployedWeight, layer.float_class)
 
 
 def _to_int32(name: str, bias: Tensor, scale: Tensor) -> Tensor:
@@ -151,6 +151,6 @@ def _to_int32(name: str, bias: Tensor, scale: Tensor) -> Tensor:
         channel = int(steps.abs().argmax())
         raise ExportError(
             f"{name}: the bias of output channel {channel} is {float(bias[channel]):.3g}, which is more than 2**31 "
-            f"steps of {float(scale[channel]):.3g}: its gamma is nearly zero. Set that gamma to 0, or prune the channel."
+            f"steps of {float(scale[channel]):.3g}: its gamma is nearly 0. Set that gamma to 0, or prune the channel."
         )
     return steps.to(torch.int32)

@@ -56,7 +56,11 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
 def _activation(name: str, module: QuantizeDequantize) -> dict[str, Any]:
     bits = (module.quant_max - module.quant_min + 1).bit_length() - 1
     dtype = f"{'int' if module.quant_min < 0 else 'uint'}{bits}"
-    entry = {"name": tensor_name(f"{name}.scale"), "output_dtype": dtype, "y_scale": float(module.scale)}
+    entry: dict[str, Any] = {
+        "name": tensor_name(f"{name}.scale"),
+        "output_dtype": dtype,
+        "y_scale": float(module.scale),
+    }
     zero_point = int(module.zero_point)
     return entry | ({"y_zero_point": zero_point} if zero_point else {})
 
@@ -65,10 +69,19 @@ def _layer(name: str, layer: DeployedWeight) -> list[dict[str, Any]]:
     prefix = f"{name}." if name else ""
     scale = layer.weight_scale if layer.weight_factor is None else layer.weight_factor.flatten()
     axis = {"axis": 1 if is_transposed(layer) else 0} if layer.weight_scale.dim() else {}
-    weight = {"name": f"{prefix}weight", "output_dtype": f"int{layer.weight_bits}", "y_scale": _plain(scale)}
+    weight: dict[str, Any] = {
+        "name": f"{prefix}weight",
+        "output_dtype": f"int{layer.weight_bits}",
+        "y_scale": _plain(scale),
+    }
     entries = [weight | axis]
     if layer.bias_scale is not None:
-        bias = {"name": f"{prefix}bias", "output_dtype": "int32", "y_scale": _plain(layer.bias_scale), "axis": 0}
+        bias: dict[str, Any] = {
+            "name": f"{prefix}bias",
+            "output_dtype": "int32",
+            "y_scale": _plain(layer.bias_scale),
+            "axis": 0,
+        }
         entries.append(bias)
     return entries
 

@@ -45,7 +45,9 @@ def _(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 def translations() -> dict[Any, Any]:
     """The ``custom_translation_table`` of `torch.onnx.export` for the two operators."""
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
+
+    op: Any = opset21  # its annotations know no values that are still being traced
 
     def to_quantize_dequantize(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
         storage = torch.iinfo(STORAGE[quant_min < 0, quant_max > 255 or quant_min < -128])
