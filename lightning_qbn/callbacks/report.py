@@ -60,6 +60,7 @@ class RunReport(Callback):
         self.record = RunRecord()
         self.context: dict[str, Any] = {}
         self._loader: Any = None
+        self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the directory must be writable."""
@@ -116,7 +117,13 @@ class RunReport(Callback):
         self._gather(trainer, export)
         write_text(self.directory / "report.json", to_json(self.record))
         write_text(self.directory / "report.html", to_html(self.record))
-        Console().print(to_table(self.record))
+        self._finished = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when progress bars are gone: the table stands below them."""
+        if self._finished:
+            Console().print(to_table(self.record))
+        self._finished = False
 
     def _measure(self, stage: str, trainer: Trainer | None, module: LightningModule) -> None:
         forward_fn = forward_of(module, self.forward_fn)
