@@ -37,7 +37,8 @@ class QuantizationConfig:
         range_estimator: how calibration chooses the first scale.
         overrides: settings for single layers by module name pattern, such as
             ``{"head": {"weight_bits": 8}}``. A pattern matches a layer by its own name or by the name of
-            a module that contains it. Later entries win.
+            a module that contains it, written from the module that quantizers are inserted into or from the
+            traced network in it (``net.head`` or ``head``). Later entries win.
         skip: patterns of layers that stay in float.
 
     Raises:
@@ -88,17 +89,17 @@ class QuantizationConfig:
         except ConfigurationError as error:
             raise ConfigurationError(f"overrides[{pattern!r}]: {error}") from error
 
-    def for_layer(self, name: str) -> QuantizationConfig:
-        """The settings of one layer, with all overrides that match its name applied in order."""
+    def for_layer(self, *names: str) -> QuantizationConfig:
+        """The settings of one layer, with all overrides that match one of its names applied in order."""
         config = self._with("", {})
         for pattern, settings in self.overrides.items():
-            if matches(pattern, name):
+            if any(matches(pattern, name) for name in names):
                 config = config._with(pattern, settings)
         return config
 
-    def skips(self, name: str) -> bool:
-        """Whether the layer of this name stays in float."""
-        return any(matches(pattern, name) for pattern in self.skip)
+    def skips(self, *names: str) -> bool:
+        """Whether the layer of these names stays in float."""
+        return any(matches(pattern, name) for pattern in self.skip for name in names)
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise when a pattern of ``overrides`` or ``skip`` matches no layer.

@@ -18,11 +18,14 @@ from rich.console import Console
 
 from lightning_qbn import __version__
 from lightning_qbn.callbacks.batches import batches_on, evaluate, evaluation_loader, forward_of
+from lightning_qbn.callbacks.export import QuantizedExport
+from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.callbacks.report import RunReport
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import atomic, check_writable
+from lightning_qbn.insertion import insert_quantizers
 
 # What of the trainer's settings changes no weight of the float network.
 _COSMETIC = {
@@ -47,9 +50,9 @@ def run(cfg: DictConfig) -> float | None:
     for library in ("lightning.pytorch", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)
     check_writable(cfg.paths.output_dir, ConfigurationError)
-    seed_everything(cfg.seed, workers=True, verbose=False)
     callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
     data: LightningDataModule = instantiate(cfg.data)
+    _rehearse(cfg, callbacks)
     resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in _load(cfg.ckpt_path)
     weights = None if resumes else _float_weights(cfg, data)
     report = next((callback for callback in callbacks if isinstance(callback, RunReport)), None)
@@ -58,15 +61,23 @@ def run(cfg: DictConfig) -> float | None:
         if weights is not None and cfg.qat.control:
             report.context["control"] = _control(cfg, data, weights)
     _say(f"Quantization-aware training, {cfg.qat.epochs} epochs")
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    module = _module(cfg, cfg.qat)
-    if weights is not None:
-        load_float(module, weights)
+    module = _module(cfg, cfg.qat, weights)
     logger: Logger | bool = instantiate(cfg.logger) if cfg.get("logger") else False
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if resumes else None, weights_only=True)
     _say(f"Everything is in {cfg.paths.output_dir}")
     return report.record.accuracy.get("after_reestimation") if report is not None else None
+
+
+def _rehearse(cfg: DictConfig, callbacks: list[Callback]) -> None:
+    """Find before the float training what would stop the run after it: bad patterns, weights, directories."""
+    module = _module(cfg, cfg.qat, cfg.model.checkpoint)
+    for callback in callbacks:
+        if isinstance(callback, QuantizationAwareTraining):
+            insert_quantizers(module, callback.config)
+            callback.schedule.check(cfg.trainer.max_epochs)
+        if isinstance(callback, QuantizedExport):
+            check_writable(callback.path.parent)
 
 
 def load_float(module: LightningModule, path: str | Path) -> None:
@@ -98,10 +109,14 @@ def _load(path: str | Path) -> dict[str, Any]:
     return saved
 
 
-def _module(cfg: DictConfig, training: DictConfig) -> LightningModule:
+def _module(cfg: DictConfig, training: DictConfig, weights: str | Path | None = None) -> LightningModule:
+    """A new module that trains as ``training`` says, from the seed of the run."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
     make = instantiate(cfg.model.module, _partial_=True)
     scheduler = instantiate(training.scheduler) if training.scheduler else None
     module: LightningModule = make(optimizer=instantiate(training.optimizer), scheduler=scheduler)
+    if weights is not None:
+        load_float(module, weights)
     return module
 
 
@@ -135,9 +150,7 @@ def float_key(cfg: DictConfig) -> str:
 def _control(cfg: DictConfig, data: LightningDataModule, weights: Path) -> dict[str, float]:
     """Accuracy of the float network after as many steps of the same training, before and after re-estimation."""
     _say(f"Float control, {cfg.qat.epochs} epochs")
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    module = _module(cfg, cfg.qat)
-    load_float(module, weights)
+    module = _module(cfg, cfg.qat, weights)
     reestimation = BatchNormReestimation(cfg.reestimation.num_batches, cfg.reestimation.mode, seed=cfg.seed)
     trainer = _plain_trainer(cfg, cfg.qat.epochs, [reestimation])
     trainer.fit(module, datamodule=data)

@@ -55,6 +55,10 @@ class _Plan:
     layers: list[str] = field(default_factory=list)
     left_in_float: dict[str, str] = field(default_factory=dict)
 
+    def names(self, layer: str) -> list[str]:
+        """Names by which patterns know a layer: from the whole module, and from its traced network."""
+        return [layer, *(layer.removeprefix(f"{root}.") for root in self.traced if layer.startswith(f"{root}."))]
+
 
 def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> InsertionReport:
     """Insert weight and activation quantizers, in place; they pass values through until they are calibrated.
@@ -90,7 +94,8 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
             f"{type(network).__name__} has no convolution or linear layer that can be quantized"
             f"{f' ({reasons})' if reasons else ''}. Quantizers need at least one."
         )
-    config.check_patterns([*plan.layers, *(s.layer for sites in plan.sites.values() for s in sites)])
+    layers = [*plan.layers, *(site.layer for sites in plan.sites.values() for site in sites)]
+    config.check_patterns(dict.fromkeys(name for layer in layers for name in plan.names(layer)))
     report = _carry_out(network, config, plan)
     network.quantization_config = config  # type: ignore[assignment]
     return report
@@ -195,10 +200,10 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: _Plan) -> I
     activations: dict[str, int] = {}
     left_in_float = dict(plan.left_in_float)
     for name in plan.layers:
-        if config.skips(name):
+        if config.skips(*plan.names(name)):
             left_in_float[name] = "skipped by the config"
             continue
-        settings = config.for_layer(name)
+        settings = config.for_layer(*plan.names(name))
         quantize_weight(network.get_submodule(name), settings)  # type: ignore[arg-type]
         weights[name] = settings.weight_bits
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -206,8 +211,9 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: _Plan) -> I
         root = network.get_submodule(name)
         placed = {}
         for site in sites:
-            settings = config.for_layer(site.layer)
-            if settings.activation_bits is None or config.skips(site.layer):
+            names = plan.names(site.layer)
+            settings = config.for_layer(*names)
+            if settings.activation_bits is None or config.skips(*names):
                 continue
             placed[site.node] = site
             owner = root.get_submodule(site.owner)
@@ -216,9 +222,11 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: _Plan) -> I
                 owner.add_module(site.attribute, quantizer)
             activations[_join(name, site.path)] = settings.activation_bits
         for node, site in placed.items():
+            users = list(node.users)
             with node.graph.inserting_after(node):
                 rounded = node.graph.call_module(site.path, (node,))
-            node.replace_all_uses_with(rounded, delete_user_cb=rounded.__ne__)
+            for user in users:
+                user.replace_input_with(node, rounded)
         install(root, plan.traced[name])
     assert len(weight_layers(network)) == len(weights)
     return InsertionReport(weights, activations, left_in_float, tuple(plan.traced))

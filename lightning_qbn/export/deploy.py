@@ -17,9 +17,19 @@ from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequant
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.graph import Traced
 from lightning_qbn.insertion import quantized_networks
-from lightning_qbn.layers import IntegerWeight, WeightLayer, apply_weight, in_form, is_transposed, weight_layers
+from lightning_qbn.layers import (
+    IntegerWeight,
+    WeightLayer,
+    apply_weight,
+    channel_view,
+    in_form,
+    is_transposed,
+    weight_layers,
+)
 from lightning_qbn.operations import kind
 from lightning_qbn.rewriting import QuantizedNetwork, install
+
+_NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that reaches as far as the bias
 
 
 class QuantizeDequantize(nn.Module):
@@ -51,6 +61,7 @@ class DeployedWeight(nn.Module):
     weight_factor: Tensor | None
     bias_integers: Tensor | None
     bias_scale: Tensor | None
+    constant_channels: list[int]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """What the layer computes, from its integers."""
@@ -77,14 +88,14 @@ def deploy(folded: nn.Module) -> nn.Module:
             f"{type(folded).__name__} is not folded. Pass the result of fold_batch_norms(network) instead."
         )
     deployed = copy.deepcopy(folded).eval()
-    input_scales: dict[str, Tensor] = {}
+    inputs: dict[str, FakeQuantize] = {}
     for prefix, root in quantized_networks(deployed).items():
-        graph, scales = _with_requantized_inputs(root)
+        graph, found = _with_requantized_inputs(root)
         install(root, Traced(graph, graph))
-        input_scales |= {f"{prefix}.{name}" if prefix else name: scale for name, scale in scales.items()}
+        inputs |= {f"{prefix}.{name}" if prefix else name: quantizer for name, quantizer in found.items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
-            _deploy_layer(name, module, input_scales.get(name))
+            _deploy_layer(name, module, inputs.get(name))
         elif isinstance(module, FakeQuantize):
             owner, _, attribute = name.rpartition(".")
             fixed = QuantizeDequantize(module) if module.is_calibrated else nn.Identity()
@@ -92,8 +103,8 @@ def deploy(folded: nn.Module) -> nn.Module:
     return deployed
 
 
-def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The graph with a quantizer directly before each weight layer, and the scale of each layer's input.
+def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str, FakeQuantize]]:
+    """The graph with a quantizer directly before each weight layer, and the quantizer of each layer's input.
 
     Behind a max pool or a flatten the values are on the grid already and quantizing them again changes
     nothing, but a runtime fuses an integer convolution only where it sees the quantizer.
@@ -101,7 +112,7 @@ def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str
     modules = dict(root.named_modules())
     graph = fx.Graph()
     graph.output(graph.graph_copy(root.traced.eval, {}))
-    scales: dict[str, Tensor] = {}
+    found: dict[str, FakeQuantize] = {}
     conflicting = set()
     for node in list(graph.nodes):
         if kind(node, modules) != "weight" or not node.all_input_nodes:
@@ -117,40 +128,61 @@ def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str
             with graph.inserting_before(node):
                 again = graph.call_module(str(source.target), (node.all_input_nodes[0],))
             node.replace_input_with(node.all_input_nodes[0], again)
-        scale = quantizer.scale.detach()
-        if not torch.equal(scales.setdefault(str(node.target), scale), scale):
+        if not torch.equal(found.setdefault(str(node.target), quantizer).scale, quantizer.scale):
             conflicting.add(str(node.target))  # called at places of different scale: no one int32 bias
-    return graph, {name: scale for name, scale in scales.items() if name not in conflicting}
+    return graph, {name: quantizer for name, quantizer in found.items() if name not in conflicting}
 
 
-def _deploy_layer(name: str, layer: IntegerWeight, input_scale: Tensor | None) -> None:
+def _deploy_layer(name: str, layer: IntegerWeight, source: FakeQuantize | None) -> None:
     plain = cast(WeightLayer, layer)
-    flat = layer.weight_scale.flatten().float()
-    grouped = is_transposed(plain) and getattr(plain, "groups", 1) > 1
-    factor = None
-    if grouped:
+    bias = None if plain.bias is None else plain.bias.detach()
+    bias_scale = bias_integers = None
+    constant: list[int] = []
+    if source is not None and bias is not None:
+        constant = _make_constant(name, layer, bias, source)
+        bias_scale = layer.weight_scale.flatten().float() * source.scale.detach().float()
+        bias_integers = (bias.double() / bias_scale.double()).round().to(torch.int32)
+        layer.register_parameter("bias", None)
+    scale, factor = layer.weight_scale.flatten().float(), None
+    if is_transposed(plain) and getattr(plain, "groups", 1) > 1:
         # Its output channels lie along no single axis of the weight, so the scale becomes a factor.
         repeats = layer.weight_integers.shape[0] // layer.weight_scale.shape[0]
         factor = layer.weight_scale.float().repeat_interleave(repeats, 0).squeeze(1)
-    bias = None if plain.bias is None else plain.bias.detach()
-    bias_scale = None if input_scale is None or bias is None else flat * input_scale.float()
-    bias_integers = None if bias is None or bias_scale is None else _to_int32(name, bias, bias_scale)
+        scale = torch.ones(())
     del layer.weight_scale
-    layer.register_buffer("weight_scale", torch.ones(()) if grouped else flat)
+    layer.register_buffer("weight_scale", scale)
     layer.register_buffer("weight_factor", factor)
     layer.register_buffer("bias_scale", bias_scale)
     layer.register_buffer("bias_integers", bias_integers)
-    if bias_integers is not None:
-        layer.register_parameter("bias", None)
+    layer.__dict__["constant_channels"] = constant
     layer.__class__ = in_form(DeployedWeight, layer.float_class)
 
 
-def _to_int32(name: str, bias: Tensor, scale: Tensor) -> Tensor:
-    steps = (bias.double() / scale.double()).round()
-    if float(steps.abs().max()) >= 2**31 - 1:
-        channel = int(steps.abs().argmax())
+def _make_constant(name: str, layer: IntegerWeight, bias: Tensor, source: FakeQuantize) -> list[int]:
+    """Deploy output channels whose bias does not fit int32 as their bias alone; returns which they are.
+
+    A bias of 2**31 steps or more stands on weights so small (a dead channel) that what they add is far
+    below the rounding of the output. Their integers become 0 and their scale one that fits.
+    """
+    flat, input_scale = layer.weight_scale.flatten(), source.scale.detach().double()
+    steps = bias.double().abs() / (flat.double() * input_scale)
+    constant = steps >= 2**31 - 1
+    if not bool(constant.any()):
+        return []
+    view = channel_view(cast(WeightLayer, layer), layer.weight_integers)
+    kept = [d for d, size in enumerate(layer.weight_scale.shape) if size != 1]
+    weights = view.double().abs().sum([d for d in range(view.dim()) if d not in kept]).flatten()
+    share = weights * (source.quant_max - source.quant_min) / steps
+    if bool((share[constant] > _NEGLIGIBLE_SHARE).any()):
+        channel = int(constant.nonzero()[0])
         raise ExportError(
             f"{name}: the bias of output channel {channel} is {float(bias[channel]):.3g}, which is more than 2**31 "
-            f"steps of {float(scale[channel]):.3g}: its gamma is nearly 0. Set that gamma to 0, or prune the channel."
+            f"steps of {float(flat[channel] * input_scale):.3g}, the product of its scales. Prune the channel."
         )
-    return steps.to(torch.int32)
+    scale = torch.where(constant, bias.double().abs() / (2**30 * input_scale), flat.double())
+    if not bool(constant.all()):
+        scale = torch.where(constant, scale.maximum(flat[~constant].double().median()), scale)
+    layer.weight_scale = scale.to(flat.dtype).view_as(layer.weight_scale)
+    mask = constant.view(layer.weight_scale.shape)
+    layer.weight_integers = view.masked_fill(mask, 0).view_as(layer.weight_integers)
+    return [int(channel) for channel in constant.nonzero().flatten()]

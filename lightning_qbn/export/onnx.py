@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError, QuantizationError
-from lightning_qbn.export.deploy import deploy
+from lightning_qbn.export.deploy import DeployedWeight, deploy
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity
@@ -38,12 +38,15 @@ class ExportReport:
         parity: comparison with the simulation by onnxruntime's optimization level: ``"disabled"`` shows
             whether the graph is right, ``"all"`` what this processor's kernels make of it.
         int32_bias: weight layers whose bias is stored as int32.
+        constant_channels: weight layer to its dead output channels, which are written as their bias alone
+            because it does not fit int32 beside weights so small.
     """
 
     path: str
     bytes: int
     parity: dict[str, Parity]
     int32_bias: tuple[str, ...]
+    constant_channels: dict[str, list[int]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -84,8 +87,10 @@ def export_onnx(
         onnx.save(proto, str(temporary))
         parity = measure_parity(deployed, temporary, inputs)
         size = temporary.stat().st_size
-    biases = tuple(n for n, m in deployed.named_modules() if getattr(m, "bias_integers", None) is not None)
-    return ExportReport(str(path), size, parity, biases)
+    layers = {name: layer for name, layer in deployed.named_modules() if isinstance(layer, DeployedWeight)}
+    biases = tuple(name for name, layer in layers.items() if layer.bias_integers is not None)
+    constant = {name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels}
+    return ExportReport(str(path), size, parity, biases, constant)
 
 
 def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:

@@ -1,0 +1,121 @@
+"""Every configuration composes, instantiates and runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_qbn.experiment import float_key, run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(tmp_path: Path, *overrides: str) -> DictConfig:
+    """The configuration as the command line composes it, with all files below ``tmp_path``."""
+    with initialize_config_module("lightning_qbn.configs", version_base="1.3"):
+        cfg = compose("train", [*overrides, f"paths.root={tmp_path}"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_readonly(cfg.hydra, False)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(tmp_path / "run")
+        cfg.paths.output_dir = str(tmp_path / "run")
+        del cfg["hydra"]
+    return cfg
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
+@pytest.mark.parametrize("experiment", [None, *names("experiment")])
+def test_experiment_runs_two_steps(experiment, tmp_path, capsys):
+    if experiment == "fashion_mnist" and not FASHION_MNIST.is_dir():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    chosen = [] if experiment is None else [f"experiment={experiment}"]
+    cfg = composed(
+        tmp_path,
+        *chosen,
+        "debug=steps",
+        "qat.control=false",
+        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
+    )
+    accuracy = run(cfg)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert accuracy == report["accuracy"]["after_reestimation"]
+    assert all(isinstance(value, float) for value in report["accuracy"].values())
+    assert report["config"]["quantization"]["weight_bits"] == cfg.quantization.weight_bits
+    assert "ONNX in onnxruntime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", ["data", "model", "trainer", "logger", "callbacks", "debug"])
+def test_every_choice_of_a_group_composes(group, tmp_path):
+    for name in names(group):
+        cfg = composed(tmp_path, f"{group}={name}")
+        assert OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_experiment_overrides_defaults_and_debug_overrides_experiment(tmp_path):
+    assert composed(tmp_path).quantization.weight_bits == 2
+    cfg = composed(tmp_path, "experiment=fashion_mnist", "debug=steps")
+    assert cfg.data._target_.endswith("FashionMNIST")
+    assert cfg.model.epochs == 1
+
+
+@pytest.mark.parametrize("override", ["~callbacks.export", "callbacks.export=null"])
+def test_a_callback_can_be_removed(override, tmp_path):
+    callbacks = composed(tmp_path, override).callbacks
+    assert callbacks.get("export") is None
+    assert callbacks.reestimation is not None
+
+
+def test_models_instantiate(tmp_path):
+    for name in names("model"):
+        cfg = composed(tmp_path, f"model={name}", "model.module.network.batch_norm_momentum=0.2")
+        network = instantiate(cfg.model.module.network)
+        momenta = {m.momentum for m in network.modules() if hasattr(m, "momentum")}
+        assert momenta == {0.2}
+
+
+def test_a_config_directory_of_the_users_own_can_be_added(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nquantization:\n  weight_bits: 5\n")
+    cfg = composed(tmp_path, f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert cfg.quantization.weight_bits == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        *[("qat.epochs=7", True), ("quantization.weight_bits=4", True), ("reestimation.num_batches=3", True)],
+        *[("callbacks.export=null", True), ("trainer.enable_progress_bar=false", True)],
+        *[("seed=1", False), ("model.epochs=3", False), ("data.batch_size=32", False), ("data=fashion_mnist", False)],
+        *[
+            ("trainer.limit_train_batches=2", False),
+            ("model.optimizer.lr=0.1", False),
+            ("trainer.precision=bf16-mixed", False),
+        ],
+        ("model.module.network.batch_norm_momentum=0.1", False),
+    ],
+)
+def test_float_key_depends_on_what_determines_the_weights(override, same, tmp_path):
+    assert (float_key(composed(tmp_path, override)) == float_key(composed(tmp_path))) is same
+
+
+def test_every_key_is_explained():
+    """A comment stands above the keys of each file or beside them."""
+    silent = [
+        p.name
+        for p in CONFIGS.glob("*/*.yaml")
+        if "#" not in p.read_text() and p.parent.name not in ("logger", "trainer", "hydra")
+    ]
+    assert silent == []

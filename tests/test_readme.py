@@ -1,0 +1,65 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^lightning-qbn[^#\n]*", README, re.M)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs_in_an_empty_directory(number, tmp_path):
+    (tmp_path / "snippet.py").write_text(SNIPPETS[number])
+    done = subprocess.run(
+        [sys.executable, "snippet.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.onnx")), "the snippet exports a file"
+
+
+def test_lightning_snippet_is_there_with_its_three_callbacks():
+    (snippet,) = [s for s in SNIPPETS if "Trainer" in s]
+    ours = snippet[snippet.index("import lightning_qbn") :]
+    assert all(name in ours for name in ("QuantizationAwareTraining", "BatchNormReestimation", "QuantizedExport"))
+    assert len([line for line in ours.splitlines() if line.strip()]) <= 10
+
+
+def test_commands_of_a_newcomer_stand_at_the_top():
+    top = README[:700]
+    assert 'pip install ".[demo]" && lightning-qbn\n' in top
+    assert 'pip install -e ".[test]" && pytest\n' in top
+
+
+@pytest.mark.parametrize("command", [c.strip() for c in COMMANDS])
+def test_command_composes(command, tmp_path):
+    """Every command shown is understood by Hydra; files that it names are the reader's own."""
+    words = [word.strip("'") for word in command.split()[1:]]
+    if "--config-dir" in words:
+        (tmp_path / "my_configs/experiment").mkdir(parents=True)
+        (tmp_path / "my_configs/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    if "--help" not in words:
+        words = ["--cfg", "job", *[re.sub(r"=([^,\[]+),.*", r"=\1", word) for word in words if word != "-m"]]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_qbn.train", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_groups_in_the_readme_are_the_groups_of_the_package():
+    configs = Path(__file__).parents[1] / "configs"
+    (listed,) = re.findall(r"^Groups: (.*?)\. In an", README, re.M | re.S)
+    assert set(re.findall(r"`(\w+)`", listed)) == {
+        path.name for path in configs.iterdir() if path.is_dir() and path.name[0] != "_"
+    }

@@ -1,0 +1,145 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FAST = ["debug=steps", "qat.control=false", "callbacks.progress=null", "trainer.enable_progress_bar=false"]
+
+
+def cli(directory: Path, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightning_qbn.train", *overrides]
+    env = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=env)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory) -> tuple[Path, str]:
+    """The default run, whole: folder of the run and what was printed."""
+    directory = tmp_path_factory.mktemp("default")
+    done = cli(directory)
+    (run,) = directory.glob("logs/runs/*/*")
+    return run, done.stdout
+
+
+def test_default_run_shows_what_the_method_is_for(default_run):
+    report = json.loads((default_run[0] / "report.json").read_text())
+    accuracy, control = report["accuracy"], report["control"]
+    assert accuracy["float"] > 0.96
+    assert accuracy["before_reestimation"] < 0.7
+    assert accuracy["after_reestimation"] > 0.92
+    assert accuracy["folded"] == pytest.approx(accuracy["after_reestimation"], abs=0.01)
+    assert accuracy["onnx"] == pytest.approx(accuracy["folded"], abs=0.01)
+    # The float network, trained for as many steps, has no such gap: the cause is not the training itself.
+    assert control["accuracy"] > 0.96
+    assert abs(control["after_reestimation"] - control["accuracy"]) < 0.03
+
+
+def test_default_run_writes_its_folder(default_run):
+    run, _ = default_run
+    for name in ("report.json", "report.html", "model.onnx", "model.encodings.json", "checkpoints/last.ckpt"):
+        assert (run / name).stat().st_size > 0
+    report = json.loads((run / "report.json").read_text())
+    assert len(report["reestimation"]["layers"]) == 17
+    assert report["reestimation"]["layers"][0]["kl"] >= report["reestimation"]["layers"][-1]["kl"]
+    assert report["export"]["parity"]["disabled"]["max_lsb"] <= 1.01
+    assert report["config"]["seed"] == 0
+    assert set(report["versions"]) >= {"lightning_qbn", "torch", "lightning", "onnxruntime", "python"}
+    assert not report["folding"]["refused"]
+    assert report["sizes"]["onnx"] < report["sizes"]["float"]
+
+
+def test_default_run_prints_progress_and_one_table(default_run):
+    _, printed = default_run
+    assert printed.count("ONNX in onnxruntime") == 1
+    for text in ("Re-estimating batch-norm", "before re-estimation", "after re-estimation", "folded", "KiB", "LSB"):
+        assert text in printed
+    assert printed.index("Re-estimating") < printed.index("float control, as many steps")
+
+
+def test_file_holds_the_trained_integers(default_run):
+    import onnx
+
+    from lightning_qbn import fold_batch_norms, integer_weights, load_quantized
+    from lightning_qbn.demo.module import Classifier
+    from lightning_qbn.demo.networks import MobileNet
+
+    run, _ = default_run
+    module = load_quantized(Classifier, run / "checkpoints/reestimated.ckpt", network=MobileNet())
+    integers = integer_weights(fold_batch_norms(module.network))
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(run / "model.onnx").graph.initializer}
+    assert len(integers) == 18
+    for name, values in integers.items():
+        assert torch.equal(torch.tensor(stored[f"{name}.weight_integers"]), values), name
+
+
+def test_sweep_trains_the_float_network_once(tmp_path):
+    done = cli(
+        tmp_path,
+        "-m",
+        "qat.epochs=1,2",
+        "callbacks.export=null",
+        *[f for f in FAST if f != "debug=steps"],
+        "model.epochs=1",
+        "trainer.limit_train_batches=2",
+    )
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("logs/multiruns/*/*/*/report.json"))]
+    assert [report["config"]["qat"]["epochs"] for report in reports] == [1, 2]
+    assert done.stdout.count("Float training") == 1
+    assert done.stdout.count("Float network from") == 1
+    assert len(list(tmp_path.glob("logs/float/*.ckpt"))) == 1
+
+
+def test_resume_and_float_checkpoints(tmp_path):
+    cli(tmp_path, *FAST, "hydra.run.dir=first")
+    (weights,) = tmp_path.glob("logs/float/*.ckpt")
+    first = json.loads((tmp_path / "first/report.json").read_text())
+    cli(tmp_path, *FAST, "qat.epochs=2", "ckpt_path=first/checkpoints/last.ckpt", "hydra.run.dir=second")
+    second = json.loads((tmp_path / "second/report.json").read_text())
+    assert second["accuracy"]["float"] == first["accuracy"]["float"]
+    assert torch.load(tmp_path / "second/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    for key in (f"model.checkpoint={weights}", f"ckpt_path={weights}"):
+        done = cli(tmp_path, *FAST, key, "hydra.run.dir=third", "callbacks.export=null")
+        assert "Float training" not in done.stdout
+        third = json.loads((tmp_path / "third/report.json").read_text())
+        assert third["accuracy"]["float"] == first["accuracy"]["float"]
+    plain = {k.removeprefix("network."): v for k, v in torch.load(weights, weights_only=True)["state_dict"].items()}
+    torch.save(plain, tmp_path / "plain.pt")
+    cli(tmp_path, *FAST, "model.checkpoint=plain.pt", "hydra.run.dir=fourth", "callbacks.export=null")
+    fourth = json.loads((tmp_path / "fourth/report.json").read_text())
+    assert fourth["accuracy"]["float"] == first["accuracy"]["float"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantization.weight_bits=1"], "weight_bits must be a whole number from 2 to 8, found 1"),
+        (["quantization.weight_bits=four"], "found 'four'"),
+        (["+quantization.overrides.nothing.weight_bits=8"], "matches no layer"),
+        (["reestimation.num_batches=0"], "num_batches must be a whole number of at least 1, found 0"),
+        (["model.checkpoint=missing.ckpt"], "missing.ckpt cannot be read"),
+        (["model=resnet", "model.checkpoint={weights}"], "does not fit ResNet"),
+        (["hydra.run.dir=file/run"], "file"),
+        (["export.path=file/model.onnx"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_said_before_training(overrides, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    torch.save({"head.weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    overrides = [text.format(weights=tmp_path / "weights.pt") for text in overrides]
+    done = cli(tmp_path, *FAST, *overrides, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Float training" not in done.stdout
+    assert "Quantization-aware training" not in done.stdout
+    assert not list(tmp_path.glob("**/report.json"))
+    assert not list(tmp_path.glob("**/*.onnx"))
