@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -204,6 +206,20 @@ class FakeQuantize(nn.Module):
 def _read_flag(module: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(module, FakeQuantize)
     module._ready = bool(module.calibrated)
+
+
+@contextmanager
+def switched_off(network: nn.Module) -> Iterator[None]:
+    """All quantizers of a network pass values through for a while, whatever their state."""
+    found = list(quantizers(network).values())
+    states = [quantizer.enabled for quantizer in found]
+    try:
+        for quantizer in found:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, state in zip(found, states, strict=True):
+            quantizer.enabled = state
 
 
 def quantizers(network: nn.Module) -> dict[str, FakeQuantize]:

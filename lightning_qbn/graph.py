@@ -89,6 +89,8 @@ def trace(network: nn.Module) -> Traced:
     Raises:
         Exception: whatever `torch.fx` or the network's own forward raise when it cannot be traced.
     """
+    if "forward" in network.__dict__:
+        raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
     with _modes_restored(network):
         graphs = [_trace_once(network.train(mode)) for mode in (True, False)]
     sources = [graph.python_code("self").src for graph in graphs]

@@ -24,6 +24,10 @@ from lightning_qbn.operations import kind, name_of
 from lightning_qbn.rewriting import QuantizedNetwork, install, uninstall
 
 
+# A forward of these names is that of a container or of a LightningModule that has none of its own.
+_NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
+
+
 @dataclass(frozen=True)
 class InsertionReport:
     """What `insert_quantizers` did.
@@ -137,7 +141,7 @@ def _plan(network: nn.Module) -> _Plan:
     inside = _inside_opaque_modules(network, plan)
     for name, module in network.named_modules():
         if isinstance(module, WEIGHT_LAYERS):
-            reason = inside.get(name) or why_not_quantizable(module)
+            reason = plan.left_in_float.get(name) or inside.get(name) or why_not_quantizable(module)
             if reason:
                 plan.left_in_float[name] = reason
             else:
@@ -149,37 +153,47 @@ def _candidates(module: nn.Module, name: str, plan: _Plan) -> Iterator[tuple[str
     """The largest modules that can be traced; fills in ``plan.traced`` and the reasons for the others."""
     if not has_weights(module) or isinstance(module, WEIGHT_LAYERS):
         return
-    children = {n: child for n, child in module.named_children() if has_weights(child)}
-    own_layers = any(isinstance(child, WEIGHT_LAYERS) for child in children.values())
-    # A LightningModule around one network: its training_step may call the network without its own forward.
-    if hasattr(module, "training_step") and len(children) == 1 and not own_layers:
-        ((child_name, child),) = children.items()
-        yield from _candidates(child, _join(name, child_name), plan)
-        return
     try:
         traced = trace(module)
     except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
-        plan.left_in_float[name or type(module).__name__] = (
-            f"operations between its layers: {type(module).__name__} cannot be traced "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        )
-        reached: set[nn.Module] = set()
+        if type(module).forward.__qualname__ not in _NO_FORWARD:
+            message = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+            plan.left_in_float[name or type(module).__name__] = (
+                f"operations between its layers: {type(module).__name__} cannot be traced "
+                f"({type(error).__name__}: {message})"
+            )
+        for child_name, child in module.named_children():
+            yield from _candidates(child, _join(name, child_name), plan)
+        return
+    reached = _reached(module, traced)
+    inner = _only_network(module, reached)
+    if inner is not None:
+        yield from _candidates(module.get_submodule(inner), _join(name, inner), plan)
     else:
         plan.traced[name] = traced
         yield name, module
-        targets = {str(n.target) for graph in traced.graphs for n in graph.nodes if n.op == "call_module"}
-        reached = {m for target in targets for m in module.get_submodule(target).modules()}
-    yield from _unreached(module, name, reached, plan)
+    for path, layer in module.named_modules():
+        if isinstance(layer, WEIGHT_LAYERS) and layer not in reached:
+            plan.left_in_float[_join(name, path)] = f"forward of {type(module).__name__} does not call it"
 
 
-def _unreached(module: nn.Module, name: str, reached: set[nn.Module], plan: _Plan) -> Iterator[tuple[str, nn.Module]]:
-    """Candidates among the children that a traced forward does not call."""
-    for child_name, child in module.named_children():
-        inside = set(child.modules()) & reached
-        if not inside:
-            yield from _candidates(child, _join(name, child_name), plan)
-        elif child not in reached:
-            yield from _unreached(child, _join(name, child_name), reached, plan)
+def _reached(module: nn.Module, traced: Traced) -> set[nn.Module]:
+    """All modules that the graphs call, and those inside them."""
+    targets = {str(n.target) for graph in traced.graphs for n in graph.nodes if n.op == "call_module"}
+    return {inside for target in targets for inside in module.get_submodule(target).modules()}
+
+
+def _only_network(module: nn.Module, reached: set[nn.Module]) -> str | None:
+    """The one child of a LightningModule that its forward uses, or None.
+
+    Its training_step may call that network directly, past the forward of the LightningModule. What its own
+    forward does beside is preparation and evaluation, which stay in float.
+    """
+    if not hasattr(module, "training_step"):
+        return None
+    used = [n for n, child in module.named_children() if has_weights(child) and reached & set(child.modules())]
+    one = len(used) == 1 and not isinstance(module.get_submodule(used[0]), WEIGHT_LAYERS)
+    return used[0] if one else None
 
 
 def _inside_opaque_modules(network: nn.Module, plan: _Plan) -> dict[str, str]:

@@ -194,6 +194,8 @@ def why_not_quantizable(layer: nn.Module) -> str | None:
         for name in ("forward", "_conv_forward")
         if getattr(type(layer), name, None) is not getattr(kind, name, None)
     ]
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object"
     if own:
         return f"{type(layer).__name__} has its own {own[0]}()"
     if isinstance(layer.weight, nn.UninitializedParameter):

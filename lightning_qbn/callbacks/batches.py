@@ -89,9 +89,21 @@ def evaluate(
     metric: Metric,
     forward_fn: ForwardFn,
     target_fn: TargetFn | None,
+    shared: bool = False,
 ) -> float:
-    """A metric over batches, in evaluation mode; metric and module are left as they were."""
+    """A metric over batches, in evaluation mode; metric and module are left as they were.
+
+    Args:
+        module: what ``forward_fn`` gets.
+        batches: on the module's device.
+        metric: of predictions and targets.
+        forward_fn: ``forward_fn(module, batch)``.
+        target_fn: ``target_fn(batch)``; None: `default_target`.
+        shared: every rank has a share of the batches, so the metric is reduced over ranks.
+    """
     measured = metric.clone()
+    if not shared:
+        measured.distributed_available_fn = lambda: False  # every rank has all batches, or is alone here
     measured.reset()
     with quiet(module):
         for batch in batches:

@@ -18,6 +18,7 @@ from lightning_qbn.callbacks.batches import available_train_batches, forward_of,
 from lightning_qbn.callbacks.optimizers import separate_scales
 from lightning_qbn.callbacks.order import check_order
 from lightning_qbn.callbacks.progress import progress
+from lightning_qbn.callbacks.watching import ReachedQuantizers
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
@@ -68,6 +69,7 @@ class QuantizationAwareTraining(Callback):
         self.schedule = schedule or QATSchedule()
         self.num_batches, self.scale_lr, self.forward_fn, self.seed = num_batches, scale_lr, forward_fn, seed
         self._frozen: list[nn.Module] = []
+        self._watch: ReachedQuantizers | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first in every stage: insert quantizers unless they are there."""
@@ -89,6 +91,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when optimizers exist and have no state yet: give learned scales their own group."""
+        self._watch = None
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         untrained = separate_scales(pl_module, trainer.optimizers, schedulers, self.scale_lr)
         if untrained:
@@ -104,6 +107,18 @@ class QuantizationAwareTraining(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of every epoch, but not on resuming in the middle of one."""
         self._enter(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before a batch: in the first one, note which activation quantizers it reaches."""
+        if self._watch is None and self.schedule.phase(trainer.current_epoch).quantize:
+            self._watch = ReachedQuantizers(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after a batch: quantizers that the first one did not reach are named."""
+        if self._watch is not None and self._watch.active:
+            self._watch.report()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called with gradients ready: frozen scales get none, so that no optimizer moves them."""

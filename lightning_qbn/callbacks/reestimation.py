@@ -127,7 +127,7 @@ class BatchNormReestimation(Callback):
             return None
         forward_fn = forward_of(module, self.forward_fn)
         with trainer.precision_plugin.forward_context():
-            return evaluate(module, validation_batches(trainer), self.metric, forward_fn, self.target_fn)
+            return evaluate(module, validation_batches(trainer), self.metric, forward_fn, self.target_fn, shared=True)
 
     def _log(self, trainer: Trainer) -> None:
         assert self.result is not None
@@ -142,5 +142,5 @@ class BatchNormReestimation(Callback):
 def _save(trainer: Trainer) -> None:
     """Write the re-estimated network beside the checkpoints; all ranks take part."""
     keeper = trainer.checkpoint_callback
-    if isinstance(keeper, ModelCheckpoint) and keeper.dirpath and keeper.best_model_path:
-        trainer.save_checkpoint(Path(keeper.dirpath) / "reestimated.ckpt")
+    if isinstance(keeper, ModelCheckpoint) and keeper.dirpath and (keeper.best_model_path or keeper.last_model_path):
+        trainer.save_checkpoint(Path(keeper.dirpath) / "reestimated.ckpt", weights_only=False)

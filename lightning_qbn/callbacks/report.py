@@ -21,7 +21,7 @@ from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
 from lightning_qbn.export.parity import run_session, session
-from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.passes import ForwardFn
 from lightning_qbn.report import RunRecord, to_html, to_json, to_table
@@ -61,6 +61,7 @@ class RunReport(Callback):
         self.context: dict[str, Any] = {}
         self._loader: Any = None
         self._finished = False
+        self._is_float = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the directory must be writable."""
@@ -80,10 +81,15 @@ class RunReport(Callback):
         self.context.setdefault("control", state_dict["control"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called with weights restored and quantizers not yet calibrated: the network is a float network."""
+        """Called with weights restored: a network that no quantizer has touched yet is the float network."""
+        self._is_float = not any(q.is_calibrated for q in quantizers(pl_module).values())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with loaders there and no step taken: measure the float network."""
         self.record.measured_on, self._loader = evaluation_loader(trainer, pl_module)
-        if self._loader is not None and not any(q.is_calibrated for q in quantizers(pl_module).values()):
-            self._measure("float", trainer, pl_module)
+        if self._loader is not None and self._is_float:
+            with switched_off(pl_module):
+                self._measure("float", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after re-estimation: the network with the new statistics and with the old ones."""

@@ -58,6 +58,7 @@ class DeployedWeight(nn.Module):
     float_class: type[nn.Module]
     weight_integers: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor
     weight_factor: Tensor | None
     bias_integers: Tensor | None
     bias_scale: Tensor | None
@@ -67,12 +68,12 @@ class DeployedWeight(nn.Module):
         """What the layer computes, from its integers."""
         layer = cast(WeightLayer, self)
         axis = 1 if is_transposed(layer) else 0
-        weight = dequantize(self.weight_integers, self.weight_scale, axis)
+        weight = dequantize(self.weight_integers, self.weight_scale, self.weight_zero_point, axis)
         if self.weight_factor is not None:
             weight = weight * self.weight_factor
         bias = layer.bias
         if self.bias_integers is not None and self.bias_scale is not None:
-            bias = dequantize(self.bias_integers, self.bias_scale, 0)
+            bias = dequantize(self.bias_integers, self.bias_scale, None, 0)
         return apply_weight(layer, input, weight, bias, output_size)
 
 
@@ -151,6 +152,7 @@ def _deploy_layer(name: str, layer: IntegerWeight, source: FakeQuantize | None) 
         scale = torch.ones(())
     del layer.weight_scale
     layer.register_buffer("weight_scale", scale)
+    layer.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
     layer.register_buffer("weight_factor", factor)
     layer.register_buffer("bias_scale", bias_scale)
     layer.register_buffer("bias_integers", bias_integers)

@@ -30,8 +30,11 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: i
 
 
 @torch.library.custom_op("lightning_qbn::dequantize", mutates_args=())
-def dequantize(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """DequantizeLinear of int8 weights or an int32 bias; ``scale`` of shape () or (size of ``axis``,)."""
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """DequantizeLinear of int8 weights or an int32 bias; ``scale`` of shape () or (size of ``axis``,).
+
+    The zero point is 0. Weights carry it all the same: older onnxruntime refuses a matrix without it.
+    """
     shape = [1] * integers.dim()
     if scale.dim():
         shape[axis] = -1
@@ -39,7 +42,7 @@ def dequantize(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 @dequantize.register_fake
-def _(integers: Tensor, scale: Tensor, axis: int) -> Tensor:
+def _(integers: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
     return torch.empty_like(integers, dtype=scale.dtype)
 
 
@@ -58,8 +61,8 @@ def translations() -> dict[Any, Any]:
             x = op.Min(x, op.Mul(op.Sub(op.Constant(value_float=float(quant_max)), shift), scale))
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
-    def to_dequantize(integers: Any, scale: Any, axis: int) -> Any:
-        return op.DequantizeLinear(integers, scale, axis=axis)
+    def to_dequantize(integers: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return op.DequantizeLinear(integers, scale, zero_point, axis=axis)
 
     return {
         torch.ops.lightning_qbn.quantize_dequantize.default: to_quantize_dequantize,

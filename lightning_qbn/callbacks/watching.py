@@ -1,0 +1,43 @@
+"""Notice a training_step that goes past the quantizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_qbn.errors import QuantizationWarning
+from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.layers import weight_layers
+
+
+class ReachedQuantizers:
+    """Notes which activation quantizers run, from now until `report`.
+
+    A training_step that calls single layers, instead of the module whose forward was traced, would train
+    with weights quantized and activations in float, and nobody would see it.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        weights = {id(getattr(layer, "weight_quantizer", None)) for layer in weight_layers(module).values()}
+        self._waiting = {n: q for n, q in quantizers(module).items() if q.is_calibrated and id(q) not in weights}
+        self._handles = [q.register_forward_pre_hook(self._note) for q in self._waiting.values()]
+        self.active = True
+
+    def report(self) -> None:
+        """Stop watching; warn of calibrated quantizers that did not run."""
+        for handle in self._handles:
+            handle.remove()
+        self.active = False
+        if self._waiting:
+            rank_zero_warn(
+                f"{len(self._waiting)} activation quantizers did not run in training_step: {', '.join(self._waiting)}. "
+                f"What they stand for is trained in float. Call the whole module, self(...), in training_step, or "
+                f"the network as forward calls it.",
+                category=QuantizationWarning,
+            )
+
+    def _note(self, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._waiting = {name: q for name, q in self._waiting.items() if q is not quantizer}
