@@ -17,6 +17,8 @@ from lightning_qbn.layers import IntegerWeight, WeightLayer, WeightQuantized, ch
 from lightning_qbn.passes import ForwardFn, check_num_batches, quiet, run
 
 _VALUES_PER_BATCH = 4096  # of each activation, drawn at random: with 16 batches 65,536 values per quantizer
+_VALUES_OF_WEIGHT = 2**20  # drawn from a weight of more, but not fewer than these for each of its scales:
+_VALUES_PER_ROW = 512
 _CANDIDATES = 80  # ranges tried by the MSE search; the reference code of Nagel et al. 2022 takes 100
 _TAIL = 0.001  # share of the values cut off at each end by the percentile estimator
 
@@ -149,7 +151,7 @@ def _calibrate_weight(name: str, layer: WeightQuantized) -> None:
     shape = quantizer.zero_point.shape
     kept = [d for d, size in enumerate(shape) if size != 1]
     rows = view.movedim(kept, tuple(range(len(kept)))).reshape(quantizer.zero_point.numel(), -1)
-    limit = _VALUES_PER_BATCH if rows.shape[0] > 1 else 16 * _VALUES_PER_BATCH
+    limit = max(_VALUES_OF_WEIGHT // rows.shape[0], _VALUES_PER_ROW)
     quantizer.set_range(*_range(_thin(rows, limit), quantizer))
 
 

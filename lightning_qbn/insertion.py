@@ -23,7 +23,6 @@ from lightning_qbn.layers import (
 from lightning_qbn.operations import kind, name_of
 from lightning_qbn.rewriting import QuantizedNetwork, install, uninstall
 
-
 # A forward of these names is that of a container or of a LightningModule that has none of its own.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
 

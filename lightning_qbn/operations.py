@@ -59,7 +59,16 @@ _TRANSPARENT_NAMES = {
     *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "pad", "roll"),
     *("adaptive_max_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "narrow"),
     *("feature_dropout", "select", "movedim", "swapaxes", "t", "float", "to", "type_as", "tile", "flip"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "requires_grad_", "index_select", "gather"),
+    *(
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "requires_grad_",
+        "index_select",
+        "gather",
+        "stochastic_depth",
+        "drop_path",
+    ),
 }
 _VALUE_NAMES = {
     *("size", "dim", "ndimension", "numel", "getattr", "len", "argmax", "argmin", "topk", "gt", "lt", "ge"),
@@ -81,7 +90,8 @@ def kind(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
         return _KIND_OF_OP[node.op]
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return next((result for kinds, result in _KIND_OF_MODULE.items() if isinstance(module, kinds)), "float")
+        known = next((result for kinds, result in _KIND_OF_MODULE.items() if isinstance(module, kinds)), None)
+        return known or ("transparent" if _only_moves(module) else "float")
     name = name_of(node)
     if name in _VALUE_NAMES or (name in _ARITHMETIC_NAMES and _only_sizes(node, modules)):
         return "value"
@@ -103,6 +113,20 @@ _KIND_OF_NAME: dict[frozenset[str], Kind] = {
     frozenset(_CURVE_NAMES): "curve",
     frozenset(_TRANSPARENT_NAMES): "transparent",
 }
+
+
+def _only_moves(module: nn.Module) -> bool:
+    """Whether a module of somebody else only moves or drops values, as DropPath or a channel shuffle does."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        graph = fx.Tracer().trace(module.eval())
+    except Exception:  # noqa: BLE001  it does something that no trace shows
+        return False
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    inside = dict(module.named_modules())
+    return {kind(node, inside) for node in graph.nodes} <= {"input", "transparent", "value", "output"}
 
 
 def _only_sizes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
