@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lightning_qbn.export.onnx import export_onnx as export_onnx
     from lightning_qbn.export.program import export_program as export_program
     from lightning_qbn.fake_quantize import FakeQuantize as FakeQuantize
-    from lightning_qbn.fake_quantize import fake_quantize as fake_quantize
     from lightning_qbn.folding import FoldingReport as FoldingReport
     from lightning_qbn.folding import fold_batch_norms as fold_batch_norms
     from lightning_qbn.insertion import InsertionReport as InsertionReport
@@ -63,7 +62,7 @@ _HOMES = {
     "export.encodings": ("export_encodings",),
     "export.onnx": ("ExportReport", "export_onnx"),
     "export.program": ("export_program",),
-    "fake_quantize": ("FakeQuantize", "fake_quantize"),
+    "fake_quantize": ("FakeQuantize",),
     "folding": ("FoldingReport", "fold_batch_norms"),
     "insertion": ("InsertionReport", "insert_quantizers", "remove_quantizers"),
     "layers": ("integer_weights",),

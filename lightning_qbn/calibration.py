@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qbn.errors import CalibrationError, QuantizationWarning, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.layers import IntegerWeight, WeightLayer, WeightQuantized, channel_view, weight_layers
-from lightning_qbn.passes import ForwardFn, check_num_batches, quiet, run
+from lightning_qbn.passes import ForwardFn, check_num_batches, forward, load, quiet
 
 _VALUES_PER_BATCH = 4096  # of each activation, drawn at random: with 16 batches 65,536 values per quantizer
 _VALUES_OF_WEIGHT = 2**20  # drawn from a weight of more, but not fewer than these for each of its scales:
@@ -62,10 +62,10 @@ def calibrate_quantizers(
     of_weights = {f"{name}.weight_quantizer" if name else "weight_quantizer" for name in layers}
     activations = {name: q for name, q in found.items() if name not in of_weights}
     with _restored_on_failure(found.values()):
-        used, seen = _observe(network, activations, batches, num_batches, forward_fn)
+        used, seen = _observe(network, activations, layers.values(), batches, num_batches, forward_fn)
         for name, layer in layers.items():
             _calibrate_weight(name, layer)
-        for name, values in seen.items():
+        for name, values in ((name, values) for name, values in seen.items() if values):
             activations[name].set_range(*_range(torch.cat(values, dim=1), activations[name]))
     unreached = tuple(name for name in activations if name not in seen)
     if unreached:
@@ -94,6 +94,7 @@ def _restored_on_failure(found: Iterable[FakeQuantize]) -> Iterator[None]:
 def _observe(
     network: nn.Module,
     activations: dict[str, FakeQuantize],
+    layers: Iterable[nn.Module],
     batches: Iterable[Any],
     num_batches: int,
     forward_fn: ForwardFn | None,
@@ -106,21 +107,27 @@ def _observe(
     def hook(name: str) -> Any:
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
+            values = seen.setdefault(name, [])  # stays empty where indices pass, which need no range
             if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
-                seen.setdefault(name, []).append(_sample(name, x.detach(), index))
+                values.append(_sample(name, x.detach(), index))
 
         return collect
 
     try:
-        for name, quantizer in activations.items():
-            handles.append(quantizer.register_forward_pre_hook(hook(name)))
+        handles += [q.register_forward_pre_hook(hook(name)) for name, q in activations.items()]
+        handles += [layer.register_forward_pre_hook(_note_dims) for layer in layers]
         with quiet(network):
-            for done in run(network, batches, num_batches, forward_fn, CalibrationError):
-                index = done + 1
+            for index, batch in load(batches, num_batches, CalibrationError):
+                forward(network, batch, index, forward_fn, CalibrationError)
     finally:
         for handle in handles:
             handle.remove()
-    return index, seen
+    return index + 1, seen
+
+
+def _note_dims(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    # A batch-norm after a linear layer on sequences normalises another axis than the layer's output channels.
+    layer.__dict__["seen_dims"] = args[0].dim()
 
 
 def _sample(name: str, x: Tensor, batch: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ReestimationError
 from lightning_qbn.layers import WEIGHT_LAYERS
-from lightning_qbn.passes import ForwardFn, default_forward, keep, run
+from lightning_qbn.passes import ForwardFn, forward, load
 from lightning_qbn.statistics import MeanOfBatches
 
 _FEWEST_BATCHES = 5  # before a tolerance may stop the collection: the spread of fewer says too little
@@ -37,12 +38,19 @@ class Statistics:
         """Add the input of one call, of shape (batch, channels, ...)."""
         dims = [d for d in range(x.dim()) if d != 1]
         samples = x.numel() // x.shape[1]
+        if samples == 0:
+            raise ReestimationError(f"{name} got no value in batch {batch}: the batch is empty.")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, dims, correction=min(1, samples - 1))
         if not bool(variance.isfinite().all() & mean.isfinite().all()):
             raise ReestimationError(
                 f"{name} saw NaN or infinity in batch {batch}. Look at that batch and at the layer before {name}; "
                 f"the old statistics are back."
+            )
+        if self.module.training and samples == 1:
+            raise ReestimationError(
+                f"{name} gets one value per channel in batch {batch}, which has no variance to normalise with. Use "
+                f"larger batches, or mode='sequential', which normalises with running statistics."
             )
         self._estimator.add(mean, variance, samples)
 
@@ -59,19 +67,14 @@ def collect_jointly(
     index = 0
 
     def collect(name: str, x: Tensor) -> None:
-        if x.numel() == x.shape[1]:
-            raise ReestimationError(
-                f"{name} gets one value per channel in batch {index}, which has no variance. Use larger batches, "
-                f"or mode='sequential', which normalises with running statistics."
-            )
         statistics[name].add(name, x, index)
 
     with _hooked(network, statistics, collect), _normalising_by_batch([s.module for s in statistics.values()]):
-        for done in run(network, batches, num_batches, forward_fn, ReestimationError):
-            index = done + 1
-            if tolerance is not None and index >= _FEWEST_BATCHES and _is_precise(statistics.values(), tolerance):
+        for index, batch in load(batches, num_batches, ReestimationError):
+            forward(network, batch, index, forward_fn, ReestimationError)
+            if tolerance is not None and index + 1 >= _FEWEST_BATCHES and _is_precise(statistics.values(), tolerance):
                 break
-    return index
+    return index + 1
 
 
 def collect_sequentially(
@@ -83,21 +86,28 @@ def collect_sequentially(
     forward_fn: ForwardFn | None,
 ) -> int:
     """One truncated pass a layer, in execution order, with all layers above in inference form."""
-    kept = keep(batches, num_batches)
-    order: list[str] = []
-    with _hooked(network, statistics, lambda name, x: order.append(name)):
-        used = sum(1 for _ in run(network, kept, num_batches, forward_fn, ReestimationError))
-    for name in dict.fromkeys(order):
-        several = order.count(name) > used  # called again in one pass: its later calls need its first output
+    kept = [batch for _, batch in load(batches, num_batches, ReestimationError)]
+    calls: Counter[tuple[str, int]] = Counter()
+    index = 0
+
+    def count(name: str, x: Tensor) -> None:
+        calls[name, index] += 1
+
+    with _hooked(network, statistics, count):
+        for index, batch in enumerate(kept):
+            forward(network, batch, index, forward_fn, ReestimationError)
+    for name in dict.fromkeys(name for name, _ in calls):
+        # Called again in one pass: its later calls need the output of the first one.
+        several = any(calls[name, index] > 1 for index in range(len(kept)))
         _collect_one(network, name, statistics[name], kept, forward_fn, several)
         mean, variance = statistics[name].result()
         statistics[name].module.running_mean.copy_(mean)  # type: ignore[operator]
         statistics[name].module.running_var.copy_(variance)  # type: ignore[operator]
-    return used
+    return len(kept)
 
 
-class _Stop(Exception):  # noqa: N818  it is no error: the rest of the pass is not needed
-    pass
+class _Stop(BaseException):
+    """The rest of the pass is not needed; no Exception, which a forward might catch."""
 
 
 def _collect_one(
@@ -109,7 +119,6 @@ def _collect_one(
     several: bool,
 ) -> None:
     index = 0
-    forward = forward_fn or default_forward
 
     def collect(_: str, x: Tensor) -> None:
         statistics.add(name, x, index)
@@ -120,10 +129,9 @@ def _collect_one(
         _hooked(network, {name: statistics}, collect),
         _normalising_by_batch([statistics.module] if several else []),
     ):
-        for batch in batches:
+        for index, batch in enumerate(batches):
             with suppress(_Stop):
-                forward(network, batch)
-            index += 1
+                forward(network, batch, index, forward_fn, ReestimationError)
 
 
 @contextmanager
@@ -136,8 +144,8 @@ def _hooked(
 
     def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            groups = getattr(last[-1], "groups", 1) if last else 1
-            statistics[name].depthwise = groups > 1 and groups == args[0].shape[1]
+            layer: Any = last[-1] if last else None
+            statistics[name].depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
             collect(name, args[0])
 
         return hook

@@ -67,12 +67,19 @@ class QuantizationConfig:
                 raise ConfigurationError(f"{name} must be one of {choices}, found {getattr(self, name)!r}.")
         if not isinstance(self.activation_symmetric, bool):
             raise ConfigurationError(f"activation_symmetric must be a bool, found {self.activation_symmetric!r}.")
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+        listed = isinstance(self.skip, Sequence) and not isinstance(self.skip, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigurationError(f"skip must be a list of name patterns, found {self.skip!r}.")
         if not isinstance(self.overrides, Mapping):
             raise ConfigurationError(f"overrides must map name patterns to settings, found {self.overrides!r}.")
+        for pattern, settings in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(settings, Mapping):
+                raise ConfigurationError(
+                    f"overrides must map name patterns to settings, found {pattern!r}: {settings!r}. "
+                    f"Expected something like {{'head': {{'weight_bits': 8}}}}."
+                )
         object.__setattr__(self, "skip", tuple(self.skip))
-        object.__setattr__(self, "overrides", {p: dict(s or {}) for p, s in self.overrides.items()})
+        object.__setattr__(self, "overrides", {p: dict(s) for p, s in self.overrides.items()})
         for pattern, settings in self.overrides.items():
             self._with(pattern, settings)
 
@@ -154,6 +161,6 @@ def as_config(config: QuantizationConfig | Mapping[str, Any] | None) -> Quantiza
     known = {f.name for f in dataclasses.fields(QuantizationConfig)}
     for name in config or {}:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             raise ConfigurationError(f"QuantizationConfig has no field {name!r}. Nearest: {', '.join(near) or 'none'}.")
     return QuantizationConfig(**(config or {}))

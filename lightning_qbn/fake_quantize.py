@@ -60,7 +60,7 @@ def fake_quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
 
     Returns:
         The rounded tensor. Gradient to ``x``: 1 inside the range, 0 outside. Gradient to ``scale``:
-        ``round(v) - v`` inside, ``low`` or ``high`` outside, with ``v = x / scale``.
+        ``round(v) - v`` inside, ``low`` or ``high`` outside, with ``v = x / scale``. The ends of the range are inside.
 
     >>> fake_quantize(torch.tensor([0.26, 0.9, -3.0]), torch.tensor(0.5), -1, 1)
     tensor([ 0.5000,  0.5000, -0.5000])
@@ -171,7 +171,7 @@ class FakeQuantize(nn.Module):
         """The integers of ``x``, minus the zero point, in the dtype that they are computed in."""
         scale = self.scale
         low, high = self._bounds()
-        return (x.to(scale.dtype) / scale).round().clamp(low, high)
+        return (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).round().clamp(low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``; anything that is not a floating-point tensor is returned as it is."""
@@ -192,6 +192,8 @@ class FakeQuantize(nn.Module):
         reduced = [d for d in range(x.dim()) if d not in kept]
         shape = self.zero_point.shape
         low, high = x.amin(reduced).reshape(shape).to(self.minimum), x.amax(reduced).reshape(shape).to(self.maximum)
+        # A batch with NaN or infinity, which loss scaling will skip, must not spoil the range for good.
+        low, high = torch.where(low.isfinite(), low, self.minimum), torch.where(high.isfinite(), high, self.maximum)
         if not self.follow_input:
             low = self.minimum + _AVERAGING_CONSTANT * (low - self.minimum)
             high = self.maximum + _AVERAGING_CONSTANT * (high - self.maximum)

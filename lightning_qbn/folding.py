@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_qbn.errors import FoldingError
+from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import (
     IntegerWeight,
@@ -22,6 +23,7 @@ from lightning_qbn.layers import (
 )
 from lightning_qbn.operations import BatchNorm
 
+_PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _NEGLIGIBLE = 2.0**-60  # of the layer's largest scale: such a channel is its bias, to the last bit of float32
 
 
@@ -38,12 +40,6 @@ class FoldingReport:
     folded: dict[str, str]
     refused: dict[str, str]
     flipped: dict[str, int]
-
-
-class FoldedNetwork(nn.Module):
-    """Marks a folded copy: weights are integers, ``report`` names every batch-norm."""
-
-    report: FoldingReport
 
 
 @dataclass(frozen=True)
@@ -92,22 +88,18 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     for name, result in frozen.items():
         freeze_integers(folded.get_submodule(name), result.integers, result.scale, result.bias)
     for norm in pairs.values():
-        _remove(folded, norm)
+        _remove(folded.get_submodule(norm))
     flipped = {name: result.flipped for name, result in frozen.items() if result.flipped}
-    report = FoldingReport({norm: name for name, norm in pairs.items()}, refused, flipped)
-    cls = type(folded)
-    folded.__class__ = type(f"Folded{cls.__name__}", (FoldedNetwork, cls), {"__module__": cls.__module__})
-    folded.report = report  # type: ignore[assignment]
+    folded.__dict__["report"] = FoldingReport({norm: name for name, norm in pairs.items()}, refused, flipped)
     return folded
 
 
-def _remove(network: nn.Module, norm: str) -> None:
-    """Put an Identity in the place of a batch-norm; the quantizer of its output stays where it is."""
-    identity = nn.Identity().eval()
-    for name, quantizer in network.get_submodule(norm).named_children():
-        identity.add_module(name, quantizer)
-    owner, _, attribute = norm.rpartition(".")
-    setattr(network.get_submodule(owner), attribute, identity)
+def _remove(norm: nn.Module) -> None:
+    """Make an Identity of a batch-norm: the same object, so that its hooks and its output's quantizer stay."""
+    tensors = [name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))]
+    for name in tensors:
+        delattr(norm, name)
+    norm.__class__ = nn.Identity
 
 
 def _check(network: nn.Module) -> dict[str, WeightQuantized]:
@@ -145,8 +137,9 @@ def _find_pairs(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
                 else:
                     layer = str(nodes[0].all_input_nodes[0].target)
                     pairs[f"{prefix}.{layer}" if prefix else layer] = name
+    known = {network.get_submodule(name) for name in (*refused, *pairs.values())}
     for name, module in network.named_modules():
-        if isinstance(module, BatchNorm) and name not in refused and name not in pairs.values():
+        if isinstance(module, BatchNorm) and module not in known:
             refused[name] = "no traced graph reaches it, so what stands before it is not known"
     return pairs, refused
 
@@ -156,20 +149,30 @@ def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[st
     norm = modules[str(norms[0].target)]
     if len(norms) > 1:
         return f"it is called {len(norms)} times"
+    if type(norm).forward not in _PLAIN_FORWARDS or "forward" in norm.__dict__:
+        return f"{type(norm).__name__} has its own forward()"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics (track_running_stats=False)"
     source = norms[0].all_input_nodes[0]
+    if isinstance(modules.get(str(source.target)), FakeQuantize):
+        source = source.all_input_nodes[0]  # rounded, because others use it too
     layer = modules.get(str(source.target)) if source.op == "call_module" else None
-    if isinstance(layer, nn.Module) and not isinstance(layer, WeightQuantized):
-        return f"{source.target} before it is no quantized weight layer"
     if not isinstance(layer, WeightQuantized):
-        return f"the operation before it ({source.name}) is no weight layer"
-    if len(calls[str(source.target)]) > 1:
-        return f"{source.target} before it is called {len(calls[str(source.target)])} times"
-    if len(source.users) > 1:
-        return f"the output of {source.target} before it has {len(source.users)} users"
-    if isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm):
-        return f"{source.target} is a linear layer and {type(norm).__name__} no BatchNorm1d"
+        return f"the operation before it ({source.name}) is no quantized weight layer"
+    return _why_not_into(layer, source, len(calls[str(source.target)]), norms[0])
+
+
+def _why_not_into(layer: WeightQuantized, source: fx.Node, calls: int, norm: fx.Node) -> str | None:
+    """Why a weight layer cannot take in the batch-norm behind it, or None."""
+    if calls > 1:
+        return f"{source.target} before it is called {calls} times"
+    users = {user for direct in source.users for user in (direct.users if direct is not norm else [direct])}
+    if len(source.users) > 1 or source not in norm.all_input_nodes:
+        return f"the output of {source.target} before it has {max(len(users), len(source.users))} users"
+    if isinstance(layer, nn.Linear) and layer.seen_dims not in (None, 2):
+        return (
+            f"{source.target} is a linear layer on inputs of {layer.seen_dims} dimensions, whose channels are elsewhere"
+        )
     return None
 
 

@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.layers import WEIGHT_LAYERS
 from lightning_qbn.operations import BatchNorm, Kind, kind, name_of
+from lightning_qbn.side_effects import without_side_effects
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._scopes = [""]
+        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (*WEIGHT_LAYERS, BatchNorm)) or not has_weights(m):
@@ -77,16 +81,24 @@ class _Tracer(fx.Tracer):
             self._scopes.pop()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise UnsupportedNetworkError("forward switches gradients or autocast, which a graph would not repeat")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self._scopes[-1]
         node.type = None
         return node
 
 
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 def trace(network: nn.Module) -> Traced:
     """Trace a network in training and in evaluation mode; arguments with a default are fixed to it.
 
     Raises:
+        UnsupportedNetworkError: a graph would not do what forward does: it draws random numbers, sets
+            attributes, switches gradients or autocast, or was replaced on the object.
         Exception: whatever `torch.fx` or the network's own forward raise when it cannot be traced.
     """
     if "forward" in network.__dict__:
@@ -102,10 +114,8 @@ def _trace_once(network: nn.Module) -> fx.Graph:
     fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     for name, default in fixed.items():
         if isinstance(default, tuple | list | dict):
-            raise UnsupportedNetworkError(
-                f"argument {name!r} of forward has the default {default!r}, which no trace keeps"
-            )
-    with warnings.catch_warnings():
+            raise UnsupportedNetworkError(f"no trace keeps the default {default!r} of the argument {name!r}")
+    with warnings.catch_warnings(), without_side_effects(network):
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
         graph = _Tracer().trace(network, fixed)
     required = {p.name for p in parameters} - set(fixed)
@@ -127,26 +137,58 @@ def _modes_restored(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def quantization_sites(graph: fx.Graph, network: nn.Module) -> list[Site]:
-    """All places of a traced graph where integer hardware rounds, in execution order.
+def quantization_sites(traced: Traced, network: nn.Module) -> list[Site]:
+    """All places of a traced network where integer hardware rounds, in execution order, graph by graph.
 
     These are the inputs, and the end of each group: a weight layer with the batch-norm and activation that
-    follow it; an addition, product, concatenation, average pool with its activation.
+    follow it; an addition, product, concatenation, average pool with its activation. An operation that both
+    graphs have shares its quantizer.
     """
     modules = dict(network.named_modules())
-    kinds = {node: kind(node, modules) for node in graph.nodes}
-    computes = _feeding_arithmetic(graph, kinds)
-    counts: Counter[tuple[str, str]] = Counter()
+    places = _places(traced, modules)
     sites = []
-    for node in graph.nodes:
-        owner, attribute = _place(node, modules)
-        counts[owner, attribute] += 1
-        if not _is_group_end(node, kinds, computes):
-            continue
-        number = counts[owner, attribute] - 1
-        attribute = f"{attribute}_{number}" if number else attribute
-        sites.append(Site(node, owner, attribute, _leader(node, kinds) or _operation_name(node)))
+    for graph in traced.graphs:
+        kinds = {node: kind(node, modules) for node in graph.nodes}
+        computes = _feeding_arithmetic(graph, kinds)
+        ends = [node for node in _depending_on_input(graph) if _is_group_end(node, kinds, computes)]
+        sites += [Site(node, *places[node], _leader(node, kinds) or _operation_name(node)) for node in ends]
     return sites
+
+
+def _places(traced: Traced, modules: dict[str, nn.Module]) -> dict[fx.Node, tuple[str, str]]:
+    """Owner and attribute for the quantizer of each node, numbered where a place is used again."""
+    places: dict[fx.Node, tuple[str, str]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    known = _aligned(traced)
+    for graph in reversed(traced.graphs):  # the graph of evaluation first: its names shall be the plain ones
+        for node in graph.nodes:
+            if node in known and known[node] in places:
+                places[node] = places[known[node]]
+                continue
+            owner, attribute = _place(node, modules)
+            number = counts[owner, attribute]
+            counts[owner, attribute] += 1
+            places[node] = (owner, f"{attribute}_{number}" if number else attribute)
+    return places
+
+
+def _aligned(traced: Traced) -> dict[fx.Node, fx.Node]:
+    """Nodes of the training graph to the same operation in the graph of evaluation."""
+    if traced.train is traced.eval:
+        return {}
+    train, evaluation = list(traced.train.nodes), list(traced.eval.nodes)
+    first, second = ([f"{n.op} {name_of(n)} {n.meta.get('scope')}" for n in nodes] for nodes in (train, evaluation))
+    blocks = SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return {train[block.a + i]: evaluation[block.b + i] for block in blocks for i in range(block.size)}
+
+
+def _depending_on_input(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes whose value depends on an input of the network, not on its parameters alone."""
+    depending: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(source in depending for source in node.all_input_nodes):
+            depending[node] = None
+    return list(depending)
 
 
 def _feeding_arithmetic(graph: fx.Graph, kinds: dict[fx.Node, Kind]) -> set[fx.Node]:
@@ -179,7 +221,8 @@ def _is_group_end(node: fx.Node, kinds: dict[fx.Node, Kind], computes: set[fx.No
 def _is_container(node: fx.Node) -> bool:
     """Whether an input is a tuple or a dict that the network takes apart, or ``*args``."""
     return str(node.target).startswith("*") or (
-        bool(node.users) and all(name_of(user) == "getitem" for user in node.users)
+        bool(node.users)
+        and all(name_of(user) == "getitem" and isinstance(user.args[1], int | str) for user in node.users)
     )
 
 
@@ -207,16 +250,16 @@ def _place(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
 
     Never in a container: a Sequential with one more child would run it, and `len` would count it.
     """
-    if node.op == "call_module":
+    if node.op == "call_module" and not isinstance(modules[str(node.target)], torch.jit.ScriptModule):
         return str(node.target), "output_quantizer"
     owner = node.meta.get("scope", "")
-    while owner and isinstance(modules[owner], _CONTAINERS):
+    while owner and isinstance(modules[owner], (*_CONTAINERS, torch.jit.ScriptModule)):
         owner = owner.rpartition(".")[0]
     if isinstance(modules[owner], _CONTAINERS):
         user = next((user for user in node.users if user.op == "call_module"), None)
         if user is not None:
             return str(user.target), "input_quantizer"
-    return owner, f"{name_of(node).strip('*_')}_quantizer"
+    return owner, f"{name_of(node).strip('*_').replace('.', '_')}_quantizer"
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -14,6 +14,7 @@ from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.graph import Site, Traced, has_weights, quantization_sites, trace
 from lightning_qbn.layers import (
     WEIGHT_LAYERS,
+    IntegerWeight,
     WeightQuantized,
     quantize_weight,
     restore_weight,
@@ -99,13 +100,26 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         )
     layers = [*plan.layers, *(site.layer for sites in plan.sites.values() for site in sites)]
     config.check_patterns(dict.fromkeys(name for layer in layers for name in plan.names(layer)))
-    report = _carry_out(network, config, plan)
+    try:
+        report = _carry_out(network, config, plan)
+    except BaseException:
+        remove_quantizers(network)
+        raise
     network.quantization_config = config  # type: ignore[assignment]
     return report
 
 
 def remove_quantizers(network: nn.Module) -> None:
-    """Take all quantizers out again: the float network, bit for bit. Does nothing to a float network."""
+    """Take all quantizers out again: the float network, bit for bit. Does nothing to a float network.
+
+    Raises:
+        UnsupportedNetworkError: the network is folded; its float weights are gone.
+    """
+    if any(isinstance(layer, IntegerWeight) for layer in weight_layers(network).values()):
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} is folded: its weights are integers. The network it was folded from still "
+            f"has its float weights."
+        )
     for module in list(network.modules()):
         if isinstance(module, WeightQuantized):
             restore_weight(module)
@@ -133,10 +147,8 @@ def _plan(network: nn.Module) -> _Plan:
                 if kind(node, modules) == "float":
                     what = str(node.target) if node.op == "call_module" else name_of(node)
                     plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
-        for graph in traced.graphs:
-            for site in quantization_sites(graph, module):
-                full = Site(site.node, site.owner, site.attribute, prefix + site.layer)
-                plan.sites.setdefault(name, []).append(full)
+        sites = quantization_sites(traced, module)
+        plan.sites[name] = [Site(s.node, s.owner, s.attribute, prefix + s.layer) for s in sites]
     inside = _inside_opaque_modules(network, plan)
     for name, module in network.named_modules():
         if isinstance(module, WEIGHT_LAYERS):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.fake_quantize import FakeQuantize
@@ -92,11 +92,14 @@ def _both_sides(layer: Any) -> list[int]:
 
 
 def _output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> list[int]:
+    spatial = len(layer.stride)
     if output_size is None:
         return list(layer.output_padding)
+    if len(output_size) not in (spatial, x.dim()):
+        raise ValueError(f"output_size must have {spatial} or {x.dim()} elements, found {list(output_size)}.")
     sizes = zip(
-        output_size[-len(layer.stride) :],
-        x.shape[-len(layer.stride) :],
+        output_size[-spatial:],
+        x.shape[-spatial:],
         layer.stride,
         layer.padding,
         layer.dilation,
@@ -111,6 +114,7 @@ class WeightQuantized(nn.Module):
 
     float_class: type[nn.Module]
     weight_quantizer: FakeQuantize
+    seen_dims: int | None = None  # dimensions of the input during calibration
 
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it, on the quantizer's grid; shape of ``weight``."""
@@ -160,7 +164,8 @@ class IntegerWeight(nn.Module):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The layer's own forward with integers times scale."""
         layer = cast(WeightLayer, self)
-        return apply_weight(layer, input, self.weight, layer.bias, output_size)
+        bias = None if layer.bias is None else layer.bias.to(input.dtype)
+        return apply_weight(layer, input, self.weight.to(input.dtype), bias, output_size)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class."""
@@ -240,9 +245,15 @@ def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Ten
     assert isinstance(layer, WeightQuantized)
     layer.__dict__["weight_bits"] = layer.weight_quantizer.bits
     restore_weight(layer)
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight")
-    del layer.weight
+    if parametrize.is_parametrized(layer):
+        # Not remove_parametrizations: it changes the class, which the network that was copied still has.
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+    elif prune.is_pruned(layer):
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+    if hasattr(layer, "weight"):
+        del layer.weight
+    layer.__dict__.pop("bias", None)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     layer.register_buffer("weight_integers", integers)
     layer.register_buffer("weight_scale", scale)

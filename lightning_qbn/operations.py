@@ -10,6 +10,7 @@ from torch import fx, nn
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.layers import WEIGHT_LAYERS
 
 BatchNorm = _BatchNorm
@@ -19,7 +20,18 @@ BatchNorm = _BatchNorm
 # arithmetic: integer hardware rounds its result. transparent: moves or selects values, so the grid stays.
 # value: sizes, indices and other results that are no quantity. float: everything else, computed in float.
 Kind: TypeAlias = Literal[
-    "input", "weight", "norm", "clamp", "curve", "arithmetic", "transparent", "value", "float", "constant", "output"
+    "input",
+    "weight",
+    "norm",
+    "clamp",
+    "curve",
+    "arithmetic",
+    "transparent",
+    "value",
+    "float",
+    "constant",
+    "output",
+    "quantizer",
 ]
 
 _CLAMP_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
@@ -102,6 +114,7 @@ _KIND_OF_OP: dict[str, Kind] = {"placeholder": "input", "output": "output", "get
 _KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
     WEIGHT_LAYERS: "weight",
     (BatchNorm,): "norm",
+    (FakeQuantize,): "quantizer",
     _CLAMP_MODULES: "clamp",
     _CURVE_MODULES: "curve",
     _TRANSPARENT_MODULES: "transparent",

@@ -63,42 +63,35 @@ def quiet(network: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def run(
-    network: nn.Module,
-    batches: Iterable[Any],
-    num_batches: int,
-    forward_fn: ForwardFn | None,
-    error: type[QuantizationError],
-) -> Iterator[int]:
-    """Pass up to ``num_batches`` batches through the network; yields the index of each once it is through.
+def load(batches: Iterable[Any], num_batches: int, error: type[QuantizationError]) -> Iterator[tuple[int, Any]]:
+    """Up to ``num_batches`` batches with their index.
 
     Raises:
-        QuantizationError: of the type ``error``; a batch failed (its index is named) or there was none.
+        QuantizationError: of the type ``error``; a batch could not be loaded (its index is named) or there was none.
     """
-    forward = forward_fn or default_forward
     index = -1
-    iterator = iter(batches)
-    while index + 1 < num_batches:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            break
-        except QuantizationError:
-            raise
-        except Exception as cause:
-            raise error(f"Batch {index + 1} could not be loaded: {type(cause).__name__}: {cause}") from cause
-        index += 1
-        try:
-            forward(network, batch)
-        except QuantizationError:
-            raise
-        except Exception as cause:
-            raise error(f"Batch {index} failed in the forward pass: {type(cause).__name__}: {cause}") from cause
-        yield index
+    try:
+        for index, batch in enumerate(islice(batches, num_batches)):
+            yield index, batch
+    except QuantizationError:
+        raise
+    except Exception as cause:
+        raise error(f"Batch {index + 1} could not be loaded: {type(cause).__name__}: {cause}") from cause
     if index < 0:
         raise error("The loader gave no batch. Pass an iterable with at least one batch of training data.")
 
 
-def keep(batches: Iterable[Any], num_batches: int) -> list[Any]:
-    """The first batches, held in memory."""
-    return list(islice(batches, num_batches))
+def forward(
+    network: nn.Module, batch: Any, index: int, forward_fn: ForwardFn | None, error: type[QuantizationError]
+) -> None:
+    """Pass one batch through the network.
+
+    Raises:
+        QuantizationError: of the type ``error``, naming the batch.
+    """
+    try:
+        (forward_fn or default_forward)(network, batch)
+    except QuantizationError:
+        raise
+    except Exception as cause:
+        raise error(f"Batch {index} failed in the forward pass: {type(cause).__name__}: {cause}") from cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,17 @@ class QuantizedNetwork(nn.Module):
 
     float_class: type[nn.Module]
     traced: Traced
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the float class and the graphs: the class itself is made at run time."""
+        return _new, (self.float_class, self.traced), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the same class: graphs do not change once they are installed."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def install(network: nn.Module, traced: Traced) -> None:
@@ -36,6 +48,12 @@ def install(network: nn.Module, traced: Traced) -> None:
     network.__class__ = type(f"Quantized{float_class.__name__}", (QuantizedNetwork, float_class), namespace)
 
 
+def _new(float_class: type[nn.Module], traced: Traced) -> nn.Module:
+    network = float_class.__new__(float_class)
+    install(network, traced)
+    return network
+
+
 def uninstall(network: QuantizedNetwork) -> None:
     """Give a network its own class back."""
     network.__class__ = network.float_class  # type: ignore[assignment]
@@ -45,19 +63,20 @@ def _forward(float_class: type[nn.Module], traced: Traced) -> Callable[..., Any]
     """A function with the signature of the class's own forward that runs the graph of the present mode."""
     signature = inspect.signature(float_class.forward)
     required = [str(node.target) for node in traced.eval.nodes if node.op == "placeholder"]
-    parameters, checks, scope = [], [], {"check": _check_default, "train": _function(traced.train)}
-    scope["eval"] = scope["train"] if traced.train is traced.eval else _function(traced.eval)
+    parameters, checks, scope = [], [], {"_qbn_check": _check_default, "_qbn_train": _function(traced.train)}
+    scope["_qbn_eval"] = scope["_qbn_train"] if traced.train is traced.eval else _function(traced.eval)
     for parameter in signature.parameters.values():
         name, default = parameter.name, parameter.default
         plain = parameter.replace(annotation=inspect.Parameter.empty)
         if default is not inspect.Parameter.empty:
-            scope[f"default_{name}"] = default
-            plain = plain.replace(default=_Name(f"default_{name}"))
-            checks.append(f"    check({float_class.__name__!r}, {name!r}, {name}, default_{name})\n")
+            scope[f"_qbn_default_{name}"] = default
+            plain = plain.replace(default=_Name(f"_qbn_default_{name}"))
+            checks.append(f"    _qbn_check({float_class.__name__!r}, {name!r}, {name}, _qbn_default_{name})\n")
         parameters.append(plain)
     head = f"def forward{inspect.Signature(parameters)}:\n"
     arguments = ", ".join([next(iter(signature.parameters)), *required])
-    mode = "train" if scope["eval"] is scope["train"] else f"(train if {arguments.split(',')[0]}.training else eval)"
+    choice = f"(_qbn_train if {arguments.split(',')[0]}.training else _qbn_eval)"
+    mode = "_qbn_train" if scope["_qbn_eval"] is scope["_qbn_train"] else choice
     exec(head + "".join(checks) + f"    return {mode}({arguments})\n", scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward

@@ -24,6 +24,7 @@ from lightning_qbn.layers import (
     channel_view,
     in_form,
     is_transposed,
+    out_channels,
     weight_layers,
 )
 from lightning_qbn.operations import kind
@@ -62,13 +63,13 @@ class DeployedWeight(nn.Module):
     weight_factor: Tensor | None
     bias_integers: Tensor | None
     bias_scale: Tensor | None
+    weight_axis: int
     constant_channels: list[int]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """What the layer computes, from its integers."""
         layer = cast(WeightLayer, self)
-        axis = 1 if is_transposed(layer) else 0
-        weight = dequantize(self.weight_integers, self.weight_scale, self.weight_zero_point, axis)
+        weight = dequantize(self.weight_integers, self.weight_scale, self.weight_zero_point, self.weight_axis)
         if self.weight_factor is not None:
             weight = weight * self.weight_factor
         bias = layer.bias
@@ -145,7 +146,10 @@ def _deploy_layer(name: str, layer: IntegerWeight, source: FakeQuantize | None) 
         bias_integers = (bias.double() / bias_scale.double()).round().to(torch.int32)
         layer.register_parameter("bias", None)
     scale, factor = layer.weight_scale.flatten().float(), None
-    if is_transposed(plain) and getattr(plain, "groups", 1) > 1:
+    groups = getattr(plain, "groups", 1)
+    # Axis of the output channels; each group of a transposed convolution has its own inputs along the first.
+    layer.__dict__["weight_axis"] = int(is_transposed(plain) and groups == 1)
+    if is_transposed(plain) and 1 < groups < out_channels(plain):
         # Its output channels lie along no single axis of the weight, so the scale becomes a factor.
         repeats = layer.weight_integers.shape[0] // layer.weight_scale.shape[0]
         factor = layer.weight_scale.float().repeat_interleave(repeats, 0).squeeze(1)

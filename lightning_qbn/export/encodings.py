@@ -13,7 +13,7 @@ from lightning_qbn.errors import ExportError
 from lightning_qbn.export.deploy import DeployedWeight, QuantizeDequantize, deploy
 from lightning_qbn.export.naming import tensor_name
 from lightning_qbn.files import write_text
-from lightning_qbn.layers import is_transposed
+from lightning_qbn.insertion import quantized_networks
 
 _VERSIONS = ("2.0.0",)
 
@@ -39,10 +39,12 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
     if version not in _VERSIONS:
         raise ExportError(f"Encodings of version {version!r} cannot be written. Versions: {', '.join(_VERSIONS)}.")
     entries: list[dict[str, Any]] = []
-    for name, module in deploy(folded).named_modules():
-        if isinstance(module, QuantizeDequantize):
+    deployed = deploy(folded)
+    idle = _not_called(deployed)
+    for name, module in deployed.named_modules():
+        if isinstance(module, QuantizeDequantize) and name not in idle:
             entries.append(_activation(name, module))
-        elif isinstance(module, DeployedWeight):
+        elif isinstance(module, DeployedWeight) and name not in idle:
             entries.extend(_layer(name, module))
     document = {
         "version": version,
@@ -53,11 +55,21 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
     return document
 
 
+def _not_called(deployed: nn.Module) -> set[str]:
+    """Modules of traced networks that inference does not call, such as a head that only trains."""
+    idle: set[str] = set()
+    for prefix, root in quantized_networks(deployed).items():
+        called = {str(node.target) for node in root.traced.eval.nodes if node.op == "call_module"}
+        inside = {name for name, _ in root.named_modules()} - called
+        idle |= {f"{prefix}.{name}" if prefix else name for name in inside}
+    return idle
+
+
 def _activation(name: str, module: QuantizeDequantize) -> dict[str, Any]:
     bits = (module.quant_max - module.quant_min + 1).bit_length() - 1
     dtype = f"{'int' if module.quant_min < 0 else 'uint'}{bits}"
     entry: dict[str, Any] = {
-        "name": tensor_name(f"{name}.scale"),
+        "name": tensor_name(name),
         "output_dtype": dtype,
         "y_scale": float(module.scale),
     }
@@ -68,7 +80,7 @@ def _activation(name: str, module: QuantizeDequantize) -> dict[str, Any]:
 def _layer(name: str, layer: DeployedWeight) -> list[dict[str, Any]]:
     prefix = f"{name}." if name else ""
     scale = layer.weight_scale if layer.weight_factor is None else layer.weight_factor.flatten()
-    axis = {"axis": 1 if is_transposed(layer) else 0} if layer.weight_scale.dim() else {}
+    axis = {"axis": layer.weight_axis} if layer.weight_factor is None else {}
     weight: dict[str, Any] = {
         "name": f"{prefix}weight",
         "output_dtype": f"int{layer.weight_bits}",

@@ -1,59 +1,93 @@
-"""Names of tensors in an exported graph, from the module paths that its initializers carry."""
+"""Names of tensors in an exported graph, from the paths of the modules that made them."""
 
 from __future__ import annotations
 
+import ast
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir
 
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module of a node
+
 
 def name_values(model: onnx_ir.Model) -> None:
-    """Name every quantized tensor after its module.
+    """Name every quantized tensor after its module, and give every quantizer parameters of its own.
 
     The rounded output of the group that ends in ``stem.2`` is ``stem.2``, its integers ``stem.2.integers``,
-    a dequantized weight ``stem.0.weight``. Inputs and outputs of the graph keep their names.
+    a dequantized weight ``stem.0.weight``. Inputs of the graph keep their names, an output takes the name of
+    the tensor.
     """
-    fixed = {value.name for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())}
+    fixed = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     holders = {value.name: value for node in model.graph for value in node.outputs if value.name not in fixed}
-
-    def rename(value: onnx_ir.Value, wanted: str) -> None:
-        if value.name in fixed or value.name == wanted:
-            return
-        name, number = wanted, 1
-        while name in fixed:  # a second call of the same module, or the graph's own input of that name
-            number += 1
-            name = f"{wanted}.{number}"
-        if name in holders:  # the exporter named the unrounded value so
-            holders[f"{name}.unrounded"] = holders.pop(name)
-            holders[f"{name}.unrounded"].name = f"{name}.unrounded"
-        fixed.add(name)
-        value.name = name
-
     for node in list(model.graph):
-        if node.op_type != "QuantizeLinear" and node.op_type != "DequantizeLinear":
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        scale = node.inputs[1]
-        owner = tensor_name(scale.name or "") if scale is not None else ""
-        if not owner:
-            continue
-        rename(node.outputs[0], f"{owner}.integers" if node.op_type == "QuantizeLinear" else owner)
+        owner = _owner(node)
+        _rename(node.outputs[0], f"{owner}.integers" if node.op_type == "QuantizeLinear" else owner, fixed, holders)
+    _unshare(model)
 
 
-def tensor_name(scale: str) -> str:
-    """Name of the tensor that a scale initializer belongs to.
+def tensor_name(path: str) -> str:
+    """Name of the tensor that a quantizer rounds, from the path of the quantizer.
 
-    >>> tensor_name("stem.2.output_quantizer.scale"), tensor_name("stem.0.weight_scale")
-    ('stem.2', 'stem.0.weight')
-    >>> tensor_name("layer1.0.add_quantizer.scale"), tensor_name("layer1.0.output_quantizer_1.scale")
-    ('layer1.0.add', 'layer1.0.1')
+    >>> tensor_name("stem.2.output_quantizer"), tensor_name("layer1.0.add_quantizer")
+    ('stem.2', 'layer1.0.add')
+    >>> tensor_name("layer1.0.output_quantizer_1"), tensor_name("0.input_quantizer")
+    ('layer1.0.1', '0.input')
     """
-    if not scale.endswith(("scale",)):
-        return ""
-    owner = scale.removesuffix("scale").rstrip("._")
-    path, _, attribute = owner.rpartition(".")
-    if "quantizer" not in attribute:
-        return owner
+    owner, _, attribute = path.rpartition(".")
     what, _, number = attribute.partition("_quantizer")
-    parts = [path, "" if what == "output" else what, number.strip("_")]
-    return ".".join(part for part in parts if part)
+    return ".".join(part for part in (owner, "" if what == "output" else what, number.strip("_")) if part)
+
+
+def _owner(node: onnx_ir.Node) -> str:
+    """Name of the tensor that a Q or DQ node gives, without the ending of its integers."""
+    *_, path, _ = ast.literal_eval(node.metadata_props[_SCOPES])
+    if "_quantizer" in path.rpartition(".")[2]:
+        return tensor_name(path)
+    # The integers of a weight or of a bias: "stem.0.weight_integers".
+    data = node.inputs[0].name if node.inputs[0] is not None else None
+    return (data or "").removesuffix("_integers")
+
+
+def _rename(
+    value: onnx_ir.Value, wanted: str, fixed: set[str | None], holders: dict[str | None, onnx_ir.Value]
+) -> None:
+    name, number = wanted, 1
+    while name in fixed:  # a second call of the same module, or the graph's own input of that name
+        number += 1
+        name = f"{wanted}.{number}"
+    if name in holders and holders[name] is not value:  # the exporter named the unrounded value so
+        other = holders.pop(name)
+        other.name = f"{name}.unrounded"
+        holders[other.name] = other
+    fixed.add(name)
+    value.name = name
+
+
+def _unshare(model: onnx_ir.Model) -> None:
+    """Give every Q and DQ its own scale and zero point.
+
+    The exporter stores equal numbers once; onnxruntime, when it changes the type of one zero point for its
+    kernels, then fails on the others.
+    """
+    import onnx_ir
+
+    graph, taken = model.graph, set()
+    for node in list(graph):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for index, ending in ((1, "scale"), (2, "zero_point")):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None or value.const_value is None:
+                continue
+            if value.name not in taken:
+                taken.add(value.name)
+                continue
+            name = f"{node.outputs[0].name}.{'quantize' if node.op_type[0] == 'Q' else 'dequantize'}_{ending}"
+            tensor = onnx_ir.tensor(value.const_value.numpy(), name=name)
+            own = onnx_ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
+            graph.register_initializer(own)
+            node.replace_input_with(index, own)
+            taken.add(name)

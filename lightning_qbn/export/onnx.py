@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import DeployedWeight, deploy
+from lightning_qbn.export.inputs import dynamic_batch, on_cpu, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity
@@ -74,7 +75,7 @@ def export_onnx(
         ExportError: the network is not folded, cannot be exported, or onnxruntime does not load the file.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in inputs)
+    inputs = on_cpu(inputs)
     deployed = deploy(folded).cpu().float()
     proto = _convert(deployed, inputs)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
@@ -97,8 +98,6 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
     try:
         with _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
@@ -107,15 +106,15 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=_OPSET,
                 verbose=False,
-                dynamic_shapes=shapes,
+                dynamic_shapes=dynamic_batch(inputs),
                 custom_translation_table=translations(),
             )
     except QuantizationError:
         raise
     except Exception as cause:
         raise ExportError(
-            f"{type(deployed).__name__} cannot be exported: {type(cause).__name__}: {_first_lines(cause)} "
-            f"The example had the shapes {[tuple(x.shape) for x in inputs if isinstance(x, Tensor)]}."
+            f"{type(deployed).__name__} cannot be exported: {_innermost(cause)}. The example had the shapes "
+            f"{[tuple(x.shape) for x in tensors_in(inputs)]}."
         ) from cause
     assert program is not None
     model = program.model
@@ -151,9 +150,12 @@ def _forget_sources(model: Any) -> None:
     model.metadata_props.clear()
 
 
-def _first_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])
+def _innermost(error: BaseException) -> str:
+    """The exporter's own message is a page of advice; the cause behind it says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 def describe(metadata: dict[str, Any]) -> dict[str, str]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_qbn.errors import ExportError
 from lightning_qbn.export.deploy import QuantizeDequantize
+from lightning_qbn.export.inputs import tensors_in
+from lightning_qbn.operations import kind
 
 _LEVELS = {"disabled": "ORT_DISABLE_ALL", "all": "ORT_ENABLE_ALL"}
 
@@ -58,9 +60,9 @@ def run_session(loaded: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
 def measure_parity(deployed: nn.Module, path: str | Path, inputs: tuple[Any, ...]) -> dict[str, Parity]:
     """Run the file with and without graph optimizations and compare with the deployed network in torch."""
     with torch.no_grad():
-        expected = _tensors(deployed(*inputs))
+        expected = tensors_in(deployed(*inputs))
     steps = [_output_step(deployed, i) for i in range(len(expected))]
-    tensors = tuple(x for x in inputs if isinstance(x, Tensor))
+    tensors = tuple(tensors_in(inputs))
     return {level: _compare(expected, run_session(session(path, level), tensors), steps) for level in _LEVELS}
 
 
@@ -83,13 +85,8 @@ def _compare(expected: list[Tensor], found: list[Tensor], steps: list[float | No
     return Parity(max_lsb, largest, differing / max(total, 1), same / max(rows, 1) if rows else 1.0)
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    """All tensors of a network's output, in the order in which an export lists them."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    return [x for part in outputs for x in _tensors(part)] if isinstance(outputs, tuple | list) else []
+def _is_quantizer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return isinstance(modules.get(str(node.target)), QuantizeDequantize)
 
 
 def _output_step(deployed: nn.Module, index: int) -> float | None:
@@ -100,6 +97,8 @@ def _output_step(deployed: nn.Module, index: int) -> float | None:
     (output,) = [node for node in traced.eval.nodes if node.op == "output"]
     if index >= len(output.all_input_nodes):
         return None
-    source = output.all_input_nodes[index]
+    source, modules = output.all_input_nodes[index], dict(deployed.named_modules())
+    while not _is_quantizer(source, modules) and kind(source, modules) == "transparent" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
     module = deployed.get_submodule(str(source.target)) if source.op == "call_module" else None
     return float(module.scale) if isinstance(module, QuantizeDequantize) else None

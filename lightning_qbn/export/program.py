@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import deploy
+from lightning_qbn.export.inputs import dynamic_batch, two_samples
 from lightning_qbn.files import atomic
 
 
@@ -29,11 +30,10 @@ def export_program(
     Raises:
         ExportError: the network is not folded or cannot be exported.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    shapes = tuple({0: torch.export.Dim("batch")} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+    inputs = two_samples(example_input if isinstance(example_input, tuple) else (example_input,))
     try:
         with torch.no_grad():
-            program = torch.export.export(deploy(folded), inputs, dynamic_shapes=shapes)
+            program = torch.export.export(deploy(folded), inputs, dynamic_shapes=dynamic_batch(inputs))
     except QuantizationError:
         raise
     except Exception as cause:

@@ -1,0 +1,45 @@
+"""Arguments of a network: tensors, and tuples, lists and dicts of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors, in the order in which an export lists them."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
+
+
+def on_cpu(value: Any) -> Any:
+    """The same arguments, detached and on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    return type(value)(on_cpu(part) for part in value) if type(value) in (tuple, list) else value
+
+
+def two_samples(value: Any) -> Any:
+    """The same arguments with at least two samples: an export takes a size of 1 for a constant."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
+    if isinstance(value, dict):
+        return {key: two_samples(part) for key, part in value.items()}
+    return type(value)(two_samples(part) for part in value) if type(value) in (tuple, list) else value
+
+
+def dynamic_batch(value: Any, batch: Any = None) -> Any:
+    """The ``dynamic_shapes`` that leave the first dimension of every tensor free."""
+    batch = batch or torch.export.Dim("batch")
+    if isinstance(value, Tensor):
+        return {0: batch} if value.dim() else None
+    if isinstance(value, dict):
+        return {key: dynamic_batch(part, batch) for key, part in value.items()}
+    return type(value)(dynamic_batch(part, batch) for part in value) if type(value) in (tuple, list) else None
