@@ -89,7 +89,6 @@ class FakeQuantize(nn.Module):
     zero_point: Tensor
     minimum: Tensor
     maximum: Tensor
-    calibrated: Tensor
 
     def __init__(
         self,
@@ -107,18 +106,18 @@ class FakeQuantize(nn.Module):
         self.range_estimator = range_estimator
         self.quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         self.quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        log2_scale = torch.zeros(scale_shape)
+        # NaN says that there is no range yet. A flag of its own would be a buffer, which weight averaging averages.
+        log2_scale = torch.full(scale_shape, torch.nan)
         if learned:
             self.log2_scale = nn.Parameter(log2_scale)
         else:
             self.register_buffer("log2_scale", log2_scale)
             self.register_buffer("minimum", torch.zeros(scale_shape))
             self.register_buffer("maximum", torch.zeros(scale_shape))
-        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
-        self.register_buffer("calibrated", torch.tensor(False))
+        self.register_buffer("zero_point", torch.zeros(scale_shape))  # a whole number
         self.enabled = True
         self.observing = True
-        # Control flow reads a Python flag: reading the buffer would break compiled graphs and wait for a GPU.
+        # Control flow reads a Python flag: reading the tensor would break compiled graphs and wait for a GPU.
         self._ready = False
         self.register_load_state_dict_post_hook(_read_flag)  # type: ignore[no-untyped-call]
 
@@ -148,7 +147,6 @@ class FakeQuantize(nn.Module):
         if not self.learned:
             self.minimum.copy_(minimum)
             self.maximum.copy_(maximum)
-        self.calibrated.fill_(True)
         self._ready = True
 
     def grid(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +162,7 @@ class FakeQuantize(nn.Module):
 
     def reset(self) -> None:
         """Forget the range: the quantizer passes its input through again."""
-        self.calibrated.fill_(False)
+        self.log2_scale.detach().fill_(torch.nan)
         self._ready = False
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -184,7 +182,8 @@ class FakeQuantize(nn.Module):
     def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed:
             return self.quant_min, self.quant_max
-        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
+        zero_point = self.zero_point.round()  # weight averaging may leave it a little off a whole number
+        return self.quant_min - zero_point, self.quant_max - zero_point
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -207,7 +206,7 @@ class FakeQuantize(nn.Module):
 
 def _read_flag(module: nn.Module, incompatible_keys: object) -> None:
     assert isinstance(module, FakeQuantize)
-    module._ready = bool(module.calibrated)
+    module._ready = bool(module.log2_scale.isfinite().all())
 
 
 @contextmanager

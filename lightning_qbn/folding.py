@@ -109,11 +109,12 @@ def _check(network: nn.Module) -> dict[str, WeightQuantized]:
     if any(isinstance(layer, IntegerWeight) for layer in layers.values()):
         raise FoldingError(f"{type(network).__name__} is folded already: its weights are integers.")
     quantized = cast(dict[str, WeightQuantized], layers)
-    waiting = [name for name, layer in quantized.items() if not layer.weight_quantizer.is_calibrated]
+    quantizers = {name: layer.weight_quantizer for name, layer in quantized.items()}
+    waiting = [name for name, q in quantizers.items() if not (q.is_calibrated and q.enabled)]
     if waiting:
         raise FoldingError(
-            f"The weight quantizers of {', '.join(waiting)} are not calibrated. Call calibrate_quantizers, "
-            f"or load a checkpoint of the quantized network."
+            f"The weight quantizers of {', '.join(waiting)} are not calibrated or switched off. Call "
+            f"calibrate_quantizers, train past the float epochs of the schedule, or load a checkpoint of the quantized network."
         )
     return quantized
 

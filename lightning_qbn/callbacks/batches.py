@@ -5,6 +5,7 @@ Everything that Lightning offers no public way for is in this file.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_qbn.errors import DataError
@@ -34,7 +35,11 @@ def sampled_train_batches(trainer: Trainer, num_batches: int, seed: int) -> Iter
     The loader is made anew on the same data set, so that no training batch is used up, and all random
     state is put back, so that training sees the batches that it would have seen.
     """
-    with isolate_rng(), _generators_restored(trainer.train_dataloader), trainer.precision_plugin.forward_context():
+    with (
+        _random_state_restored(),
+        _generators_restored(trainer.train_dataloader),
+        trainer.precision_plugin.forward_context(),
+    ):
         torch.manual_seed(seed)
         fresh = apply_to_collection(trainer.train_dataloader, DataLoader, _fresh)
         yield _moved(trainer, CombinedLoader(fresh, "max_size_cycle"), num_batches)
@@ -46,24 +51,42 @@ def available_train_batches(trainer: Trainer, wanted: int) -> int:
     return min(wanted, int(limit)) if limit != float("inf") else wanted
 
 
+def has_validation(trainer: Trainer) -> bool:
+    """Whether the Trainer has a validation loader; one of a stream has no length, so no truth value either."""
+    loaders = trainer.val_dataloaders
+    return loaders is not None and not (isinstance(loaders, list | tuple | dict) and not loaders)
+
+
 def validation_batches(trainer: Trainer) -> Iterator[Any]:
     """Batches of the validation loaders for a hook, on the device; none without such a loader."""
-    if not trainer.val_dataloaders:
+    if not has_validation(trainer):
         return iter(())
-    limits = trainer.num_val_batches
-    total = sum(int(limit) for limit in limits) if float("inf") not in limits else None
-    return _moved(trainer, CombinedLoader(trainer.val_dataloaders, "sequential"), total)
+    loader = CombinedLoader(trainer.val_dataloaders, "sequential")
+    iter(loader)  # it takes limits once it has been started
+    loader.limits = trainer.num_val_batches
+    return _moved(trainer, loader, None)
 
 
 def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, Any]:
     """``("test", loader)`` where the data has one, else ``("validation", loader)``, else ``("", None)``."""
-    if trainer.datamodule is not None:  # type: ignore[attr-defined]
-        trainer.datamodule.setup("test")  # type: ignore[attr-defined]
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
     for name, hook in (("test", "test_dataloader"), ("validation", "val_dataloader")):
-        for source in (trainer.datamodule, module):  # type: ignore[attr-defined]
+        for source in (datamodule, module):
             if source is not None and _overrides(source, hook):
-                return name, getattr(source, hook)()
-    return ("validation", trainer.val_dataloaders) if trainer.val_dataloaders else ("", None)
+                return name, _loader(datamodule, getattr(source, hook))
+    return ("validation", trainer.val_dataloaders) if has_validation(trainer) else ("", None)
+
+
+def _loader(datamodule: Any, hook: Callable[[], Any]) -> Any:
+    """What a loader hook gives; where its data is not there yet, the data module prepares it first."""
+    with _random_state_restored():
+        try:
+            return hook()
+        except (AttributeError, KeyError, TypeError):
+            if datamodule is None:
+                raise
+            datamodule.setup("test")
+            return hook()
 
 
 def batches_on(device: torch.device, loader: Any) -> Iterator[Any]:
@@ -136,23 +159,23 @@ def _moved(trainer: Trainer, loader: CombinedLoader, limit: int | None) -> Itera
 
 
 def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of its own on the same data; a subclass of DataLoader is used as it is."""
-    if type(loader) is not DataLoader:
-        return loader
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        batching: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        if not isinstance(loader.dataset, IterableDataset):
-            batching = {"batch_size": None, "sampler": loader.sampler}
-    else:
-        batching = {"batch_sampler": loader.batch_sampler}
-    return DataLoader(
-        loader.dataset,
-        **batching,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
-    )
+    """The same loader with workers of its own: persistent ones are in the middle of the Trainer's epoch."""
+    fresh = copy.copy(loader)
+    fresh.__dict__["persistent_workers"] = False  # a loader that was made refuses to be changed otherwise
+    return fresh
+
+
+@contextmanager
+def _random_state_restored() -> Iterator[None]:
+    """Lightning's `isolate_rng`, which does not put the state back after an exception."""
+    failure: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  raised again below
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -77,6 +76,8 @@ class QuantizedExport(Callback):
         check_order(trainer)
         if trainer.is_global_zero:
             check_writable(self.path.parent)
+            if self.path.is_dir():
+                raise ExportError(f"QuantizedExport(path={str(self.path)!r}) is a folder; give a file in it.")
         if not weight_layers(pl_module):
             raise ConfigurationError(
                 "QuantizedExport found no quantizers. Put QuantizationAwareTraining before it in the Trainer's "
@@ -85,6 +86,12 @@ class QuantizedExport(Callback):
         self.folded, self.folding, self.report, self.files = None, None, None, {}
         networks = quantized_networks(pl_module)
         self.network = next(iter(networks)) if len(networks) == 1 else ""
+        if not self.network and type(pl_module).forward is LightningModule.forward:
+            raise ConfigurationError(
+                f"{type(pl_module).__name__} has no forward and {len(networks)} traced networks "
+                f"({', '.join(networks) or 'none'}), so it is not known what to export. Give it a forward, or leave "
+                f"all but one in float with QuantizationConfig(skip=[...])."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called while device and loaders are there: note the arguments that the network gets."""
@@ -144,8 +151,5 @@ class QuantizedExport(Callback):
         if "encodings" in self.formats:
             export_encodings(target, files["encodings"])
         if "program" in self.formats:
-            inputs = example if isinstance(example, tuple) else (example,)
-            export_program(
-                target, files["program"], tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs)
-            )
+            export_program(target, files["program"], example)
         self.files = {name: files[name] for name in self.formats}

@@ -35,6 +35,7 @@ def separate_scales(
     """
     scales = {id(q.log2_scale): (name, q.log2_scale) for name, q in quantizers(network).items() if q.learned}
     taken: set[int] = set()
+    optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]
     for optimizer in optimizers:
         inside = [p for group in optimizer.param_groups for p in group["params"] if id(p) in scales]
         taken |= {id(p) for p in inside}
@@ -61,8 +62,15 @@ def _move(optimizer: Optimizer, scales: list[Any], schedulers: list[Any], scale_
             names |= {id(p): name for p, name in named}
             group["param_names"] = [name for p, name in named if id(p) not in moving]
         group["params"] = [p for p in group["params"] if id(p) not in moving]
-    factor = 1.0 if scale_lr is None else scale_lr / model.get("initial_lr", model["lr"])
-    rates = {key: model[key] * factor for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in model}
+    base = model.get("initial_lr", model["lr"])
+
+    def own(rate: Any) -> Any:
+        """A learning rate of the scales from one of the group that they were in."""
+        if scale_lr is None:
+            return rate
+        return rate * (scale_lr / base) if base else scale_lr
+
+    rates = {key: own(model[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in model}
     settings = {key: value for key, value in model.items() if key != "param_names"} | rates
     params = [(names.get(id(p), f"scale_{i}"), p) for i, p in enumerate(scales)] if names else scales
     optimizer.add_param_group({**settings, "params": params, "weight_decay": 0.0})
@@ -72,7 +80,7 @@ def _move(optimizer: Optimizer, scales: list[Any], schedulers: list[Any], scale_
                 entries = getattr(scheduler, name, None)
                 if isinstance(entries, list) and len(entries) == len(held):
                     scaled = "lr" in name and name != "lr_lambdas"
-                    entries.append(entries[index] * factor if scaled else entries[index])
+                    entries.append(own(entries[index]) if scaled else entries[index])
 
 
 def _flatten(schedulers: list[Any]) -> list[Any]:

@@ -11,6 +11,8 @@ _RIGHT = "QuantizationAwareTraining, weight averaging, BatchNormReestimation, Qu
 _REASONS = {
     ("QuantizationAwareTraining", "averaging"): "averaging copies the network before it has its quantizers",
     ("averaging", "BatchNormReestimation"): "the average would take the place of the re-estimated weights",
+    ("averaging", "QuantizedExport"): "the file would not hold the average",
+    ("averaging", "RunReport"): "the average would not be measured",
     ("QuantizationAwareTraining", "BatchNormReestimation"): "statistics belong to the quantized network",
     ("QuantizationAwareTraining", "QuantizedExport"): "there is nothing quantized to export yet",
     ("BatchNormReestimation", "QuantizedExport"): "the file would hold the statistics from before re-estimation",
@@ -41,4 +43,5 @@ def check_order(trainer: Trainer) -> None:
 def _role(callback: Callback) -> str:
     if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
         return "averaging"
-    return next((cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in _RIGHT), "")
+    ours = {name for pair in _REASONS for name in pair}
+    return next((cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in ours), "")

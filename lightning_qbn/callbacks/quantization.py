@@ -88,6 +88,7 @@ class QuantizationAwareTraining(Callback):
                 f"{differences(present.to_dict(), self.config.to_dict())}. Use the same one, or call "
                 f"remove_quantizers(module) first."
             )
+        self._check_checkpoints_of(pl_module, True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when optimizers exist and have no state yet: give learned scales their own group."""
@@ -106,6 +107,8 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of every epoch, but not on resuming in the middle of one."""
+        if 0 < self.schedule.float_epochs == trainer.current_epoch:
+            self._calibrate(trainer, pl_module)  # anew: the weights have moved since training started
         self._enter(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -133,13 +136,35 @@ class QuantizationAwareTraining(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when training breaks off: as after the last epoch."""
         self._unfreeze_batch_norms(pl_module)
+        self._check_checkpoints_of(pl_module, False)
+        if self._watch is not None:
+            self._watch.stop()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called for every checkpoint: it says how to insert the quantizers that its weights belong to."""
         checkpoint[CHECKPOINT_KEY] = {"config": self.config.to_dict(), "version": __version__}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called on resuming: the checkpoint must be of the same config."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called last in every stage."""
+        self._check_checkpoints_of(pl_module, False)
+
+    def _check_checkpoints_of(self, module: LightningModule, check: bool) -> None:
+        """Look at a checkpoint before its weights are loaded.
+
+        Lightning's `Callback.on_load_checkpoint` comes after that, when tensors of another shape have already
+        failed with a page of names; the LightningModule's own hook comes before it.
+        """
+        module.__dict__.pop("on_load_checkpoint", None)
+        if check:
+            own = module.on_load_checkpoint
+
+            def checked(checkpoint: dict[str, Any]) -> None:
+                self._compare(checkpoint)
+                own(checkpoint)
+
+            module.__dict__["on_load_checkpoint"] = checked
+
+    def _compare(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is not None and saved["config"] != self.config.to_dict():
             raise ConfigurationError(
@@ -149,10 +174,10 @@ class QuantizationAwareTraining(Callback):
 
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
         phase = self.schedule.phase(trainer.current_epoch)
-        if phase.quantize and not any(q.is_calibrated for q in quantizers(module).values()):
+        if not any(q.is_calibrated for q in quantizers(module).values()):
             self._calibrate(trainer, module)
         for quantizer in quantizers(module).values():
-            quantizer.observing = phase.move_scales
+            quantizer.enabled, quantizer.observing = phase.quantize, phase.move_scales
         if not phase.update_batch_norm:
             moving = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
             self._frozen += [layer.eval() for layer in moving]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +15,7 @@ from lightning_qbn.callbacks.batches import (
     available_train_batches,
     evaluate,
     forward_of,
+    has_validation,
     sampled_train_batches,
     validation_batches,
 )
@@ -107,6 +108,14 @@ class BatchNormReestimation(Callback):
         self._log(trainer)
         _save(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint: weight averaging puts the statistics of its own copy into it."""
+        if self.result is None:
+            return
+        for name, buffer in pl_module.named_buffers():
+            if name in checkpoint["state_dict"] and name.endswith(("running_mean", "running_var")):
+                checkpoint["state_dict"][name] = buffer.detach().clone()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last: a resumed run that had nothing left to train never came to its training's end."""
         if self.result is None and any(isinstance(module, BatchNorm) for module in pl_module.modules()):
@@ -119,7 +128,7 @@ class BatchNormReestimation(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule) -> float | None:
         if self.metric is None:
             return None
-        if not trainer.val_dataloaders:
+        if not has_validation(trainer):
             rank_zero_warn(
                 "BatchNormReestimation has a metric but the Trainer no validation loader: nothing is measured.",
                 category=QuantizationWarning,

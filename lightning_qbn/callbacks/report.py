@@ -23,7 +23,7 @@ from lightning_qbn.errors import ConfigurationError, QuantizationWarning
 from lightning_qbn.export.parity import run_session, session
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
-from lightning_qbn.passes import ForwardFn
+from lightning_qbn.passes import ForwardFn, default_forward
 from lightning_qbn.report import RunRecord, to_html, to_json, to_table
 
 Kind = TypeVar("Kind", bound=Callback)
@@ -62,6 +62,7 @@ class RunReport(Callback):
         self._loader: Any = None
         self._finished = False
         self._is_float = False
+        self._forward: ForwardFn = default_forward
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the directory must be writable."""
@@ -82,6 +83,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with weights restored: a network that no quantizer has touched yet is the float network."""
+        self._forward = forward_of(pl_module, self.forward_fn)
         self._is_float = not any(q.is_calibrated for q in quantizers(pl_module).values())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,15 +134,14 @@ class RunReport(Callback):
         self._finished = False
 
     def _measure(self, stage: str, trainer: Trainer | None, module: LightningModule) -> None:
-        forward_fn = forward_of(module, self.forward_fn)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         batches = batches_on(device, self._loader)
         if trainer is None:
-            value = evaluate(module, batches, self.metric, forward_fn, self.target_fn)
+            value = evaluate(module, batches, self.metric, self._forward, self.target_fn)
         else:
             converted = (trainer.precision_plugin.convert_input(batch) for batch in batches)
             with trainer.precision_plugin.forward_context():
-                value = evaluate(module, converted, self.metric, forward_fn, self.target_fn)
+                value = evaluate(module, converted, self.metric, self._forward, self.target_fn)
         self.record.accuracy[stage] = value
 
     def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
@@ -150,6 +151,8 @@ class RunReport(Callback):
         self.record.folding = export.folding if export else None
         self.record.export = export.report if export else None
         self.record.context = self.context
+        if quantization is not None:
+            self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})
 
 
 def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:

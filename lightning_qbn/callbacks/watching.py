@@ -26,11 +26,15 @@ class ReachedQuantizers:
         self._handles = [q.register_forward_pre_hook(self._note) for q in self._waiting.values()]
         self.active = True
 
-    def report(self) -> None:
-        """Stop watching; warn of calibrated quantizers that did not run."""
+    def stop(self) -> None:
+        """Watch no longer."""
         for handle in self._handles:
             handle.remove()
         self.active = False
+
+    def report(self) -> None:
+        """Stop watching; warn of calibrated quantizers that did not run."""
+        self.stop()
         if self._waiting:
             rank_zero_warn(
                 f"{len(self._waiting)} activation quantizers did not run in training_step: {', '.join(self._waiting)}. "

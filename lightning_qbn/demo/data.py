@@ -157,22 +157,26 @@ def _download(name: str, folder: Path) -> None:
         return
     with urllib.request.urlopen(f"{_URL}{name}.gz", timeout=60) as response:  # noqa: S310  https, and checked below
         packed = response.read()
-    _check(name, gzip.decompress(packed))
+    _unpack(name, packed)
     with atomic(path) as temporary:
         temporary.write_bytes(packed)
 
 
-def _check(name: str, content: bytes) -> None:
+def _unpack(name: str, packed: bytes) -> bytes:
+    try:
+        content = gzip.decompress(packed)
+    except (OSError, EOFError) as cause:
+        raise DataError(f"{name}.gz is damaged: {cause}. Remove the file and try again.") from cause
     found = hashlib.sha256(content).hexdigest()
     if found != _SHA256[name]:
         raise DataError(f"{name}.gz has the checksum {found}, expected {_SHA256[name]}. Remove the file and try again.")
+    return content
 
 
 def _read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 28, 28) in [0, 1] and labels."""
     arrays = []
     for name, header in ((f"{split}-images-idx3-ubyte", 16), (f"{split}-labels-idx1-ubyte", 8)):
-        content = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        _check(name, content)
+        content = _unpack(name, (folder / f"{name}.gz").read_bytes())
         arrays.append(torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy()))
     return arrays[0].reshape(-1, 1, 28, 28).float() / 255, arrays[1].long()

@@ -44,7 +44,7 @@ class QuantizeDequantize(nn.Module):
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
         storage = STORAGE[quantizer.signed, quantizer.bits > 8]
         self.register_buffer("scale", quantizer.scale.detach().float())
-        self.register_buffer("zero_point", quantizer.zero_point.to(storage))
+        self.register_buffer("zero_point", quantizer.zero_point.round().to(storage))
 
     def forward(self, x: Any) -> Any:
         """Values of ``x`` on the grid; anything that is no floating-point tensor as it is."""

@@ -17,13 +17,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
 
 
-def on_cpu(value: Any) -> Any:
-    """The same arguments, detached and on the CPU."""
+def as_deployed(value: Any) -> Any:
+    """The same arguments, detached, on the CPU and in float32, as the deployed network computes."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
     if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    return type(value)(on_cpu(part) for part in value) if type(value) in (tuple, list) else value
+        return {key: as_deployed(part) for key, part in value.items()}
+    return type(value)(as_deployed(part) for part in value) if type(value) in (tuple, list) else value
 
 
 def two_samples(value: Any) -> Any:

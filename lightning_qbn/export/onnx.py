@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import DeployedWeight, deploy
-from lightning_qbn.export.inputs import dynamic_batch, on_cpu, tensors_in
+from lightning_qbn.export.inputs import as_deployed, dynamic_batch, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity
@@ -75,7 +75,7 @@ def export_onnx(
         ExportError: the network is not folded, cannot be exported, or onnxruntime does not load the file.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = on_cpu(inputs)
+    inputs = as_deployed(inputs)
     deployed = deploy(folded).cpu().float()
     proto = _convert(deployed, inputs)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import deploy
-from lightning_qbn.export.inputs import dynamic_batch, two_samples
+from lightning_qbn.export.inputs import as_deployed, dynamic_batch, two_samples
 from lightning_qbn.files import atomic
 
 
@@ -30,10 +30,10 @@ def export_program(
     Raises:
         ExportError: the network is not folded or cannot be exported.
     """
-    inputs = two_samples(example_input if isinstance(example_input, tuple) else (example_input,))
+    inputs = two_samples(as_deployed(example_input if isinstance(example_input, tuple) else (example_input,)))
     try:
         with torch.no_grad():
-            program = torch.export.export(deploy(folded), inputs, dynamic_shapes=dynamic_batch(inputs))
+            program = torch.export.export(deploy(folded).cpu().float(), inputs, dynamic_shapes=dynamic_batch(inputs))
     except QuantizationError:
         raise
     except Exception as cause:
