@@ -114,7 +114,8 @@ def _check(network: nn.Module) -> dict[str, WeightQuantized]:
     if waiting:
         raise FoldingError(
             f"The weight quantizers of {', '.join(waiting)} are not calibrated or switched off. Call "
-            f"calibrate_quantizers, train past the float epochs of the schedule, or load a checkpoint of the quantized network."
+            f"calibrate_quantizers, train past the float epochs of the schedule, or load a "
+            f"checkpoint of the quantized network."
         )
     return quantized
 
