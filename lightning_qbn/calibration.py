@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.convolution import WeightLayer, channel_view
 from lightning_qbn.errors import CalibrationError, QuantizationWarning, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
-from lightning_qbn.layers import IntegerWeight, WeightLayer, WeightQuantized, channel_view, weight_layers
+from lightning_qbn.layers import IntegerWeight, WeightQuantized, weight_layers
 from lightning_qbn.passes import ForwardFn, check_num_batches, forward, load, quiet
+from lightning_qbn.tracing import join
 
 _VALUES_PER_BATCH = 4096  # of each activation, drawn at random: with 16 batches 65,536 values per quantizer
 _VALUES_OF_WEIGHT = 2**20  # drawn from a weight of more, but not fewer than these for each of its scales:
@@ -59,7 +61,7 @@ def calibrate_quantizers(
             f"{type(network).__name__} has no quantizers to calibrate. Call insert_quantizers(network, config) first."
         )
     layers = {n: m for n, m in weight_layers(network).items() if not isinstance(m, IntegerWeight)}
-    of_weights = {f"{name}.weight_quantizer" if name else "weight_quantizer" for name in layers}
+    of_weights = {join(name, "weight_quantizer") for name in layers}
     activations = {name: q for name, q in found.items() if name not in of_weights}
     with _restored_on_failure(found.values()):
         used, seen = _observe(network, activations, layers.values(), batches, num_batches, forward_fn)

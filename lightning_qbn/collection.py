@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.errors import ReestimationError
-from lightning_qbn.layers import WEIGHT_LAYERS
 from lightning_qbn.passes import ForwardFn, forward, load
 from lightning_qbn.statistics import MeanOfBatches
 

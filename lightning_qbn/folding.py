@@ -9,19 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_qbn.convolution import WeightLayer, channel_shape, channel_view
 from lightning_qbn.errors import FoldingError
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
-from lightning_qbn.layers import (
-    IntegerWeight,
-    WeightLayer,
-    WeightQuantized,
-    channel_shape,
-    channel_view,
-    freeze_integers,
-    weight_layers,
-)
+from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
 from lightning_qbn.operations import BatchNorm
+from lightning_qbn.tracing import join
 
 _PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _NEGLIGIBLE = 2.0**-60  # of the layer's largest scale: such a channel is its bias, to the last bit of float32
@@ -132,13 +126,13 @@ def _find_pairs(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
                 calls.setdefault(str(node.target), []).append(node)
         for target, nodes in calls.items():
             if isinstance(modules[target], BatchNorm):
-                name = f"{prefix}.{target}" if prefix else target
+                name = join(prefix, target)
                 reason = _why_not(nodes, modules, calls)
                 if reason:
                     refused[name] = reason
                 else:
                     layer = str(nodes[0].all_input_nodes[0].target)
-                    pairs[f"{prefix}.{layer}" if prefix else layer] = name
+                    pairs[join(prefix, layer)] = name
     known = {network.get_submodule(name) for name in (*refused, *pairs.values())}
     for name, module in network.named_modules():
         if isinstance(module, BatchNorm) and module not in known:

@@ -10,8 +10,8 @@ from torch import fx, nn
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.fake_quantize import FakeQuantize
-from lightning_qbn.layers import WEIGHT_LAYERS
 
 BatchNorm = _BatchNorm
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_qbn.errors import UnsupportedNetworkError
-from lightning_qbn.graph import Traced
+from lightning_qbn.tracing import Traced
 
 
 class QuantizedNetwork(nn.Module):

@@ -23,7 +23,7 @@ from lightning_qbn import (
     integer_weights,
     remove_quantizers,
 )
-from lightning_qbn.layers import channel_shape, channel_view
+from lightning_qbn.convolution import channel_shape, channel_view
 from lightning_qbn.operations import BatchNorm
 
 few = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])

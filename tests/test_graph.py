@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_qbn import QuantizationConfig, UnsupportedNetworkError, calibrate_quantizers, insert_quantizers
 from lightning_qbn.fake_quantize import quantizers
-from lightning_qbn.graph import quantization_sites, trace
+from lightning_qbn.graph import quantization_sites
+from lightning_qbn.tracing import trace
 
 
 class Function(nn.Module):

@@ -13,15 +13,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from lightning_qbn import QuantizationConfig, calibrate_quantizers, integer_weights
-from lightning_qbn.layers import (
-    channel_shape,
-    channel_view,
-    freeze_integers,
-    quantize_weight,
-    restore_weight,
-    weight_layers,
-    why_not_quantizable,
-)
+from lightning_qbn.convolution import channel_shape, channel_view
+from lightning_qbn.layers import freeze_integers, quantize_weight, restore_weight, weight_layers, why_not_quantizable
 
 CASES = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),

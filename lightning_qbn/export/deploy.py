@@ -12,23 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_qbn.convolution import WeightLayer, apply_weight, channel_view, is_transposed, out_channels
 from lightning_qbn.errors import ExportError
 from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequantize
 from lightning_qbn.fake_quantize import FakeQuantize
-from lightning_qbn.graph import Traced
 from lightning_qbn.insertion import quantized_networks
-from lightning_qbn.layers import (
-    IntegerWeight,
-    WeightLayer,
-    apply_weight,
-    channel_view,
-    in_form,
-    is_transposed,
-    out_channels,
-    weight_layers,
-)
+from lightning_qbn.layers import IntegerWeight, in_form, weight_layers
 from lightning_qbn.operations import kind
 from lightning_qbn.rewriting import QuantizedNetwork, install
+from lightning_qbn.tracing import Traced, join
 
 _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that reaches as far as the bias
 
@@ -94,7 +86,7 @@ def deploy(folded: nn.Module) -> nn.Module:
     for prefix, root in quantized_networks(deployed).items():
         graph, found = _with_requantized_inputs(root)
         install(root, Traced(graph, graph))
-        inputs |= {f"{prefix}.{name}" if prefix else name: quantizer for name, quantizer in found.items()}
+        inputs |= {join(prefix, name): quantizer for name, quantizer in found.items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
             _deploy_layer(name, module, inputs.get(name))

@@ -14,6 +14,7 @@ from lightning_qbn.export.deploy import DeployedWeight, QuantizeDequantize, depl
 from lightning_qbn.export.naming import tensor_name
 from lightning_qbn.files import write_text
 from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.tracing import join
 
 _VERSIONS = ("2.0.0",)
 
@@ -61,7 +62,7 @@ def _not_called(deployed: nn.Module) -> set[str]:
     for prefix, root in quantized_networks(deployed).items():
         called = {str(node.target) for node in root.traced.eval.nodes if node.op == "call_module"}
         inside = {name for name, _ in root.named_modules()} - called
-        idle |= {f"{prefix}.{name}" if prefix else name for name in inside}
+        idle |= {join(prefix, name) for name in inside}
     return idle
 
 

@@ -1,0 +1,116 @@
+"""Decide what to quantize in a network, before the first change is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_qbn.convolution import WEIGHT_LAYERS
+from lightning_qbn.graph import Site, quantization_sites
+from lightning_qbn.layers import why_not_quantizable
+from lightning_qbn.operations import kind, name_of
+from lightning_qbn.tracing import Traced, has_weights, join, trace
+
+# A forward of these names is that of a container or of a LightningModule that has none of its own.
+_NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
+
+
+@dataclass
+class Plan:
+    """Everything that will be done, found before the first change."""
+
+    traced: dict[str, Traced] = field(default_factory=dict)
+    sites: dict[str, list[Site]] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
+    left_in_float: dict[str, str] = field(default_factory=dict)
+
+    def names(self, layer: str) -> list[str]:
+        """Names by which patterns know a layer: from the whole module, and from its traced network."""
+        return [layer, *(layer.removeprefix(f"{root}.") for root in self.traced if layer.startswith(f"{root}."))]
+
+
+def make_plan(network: nn.Module) -> Plan:
+    """Decide what to quantize in a network, without touching it."""
+    plan = Plan()
+    for name, module in _candidates(network, "", plan):
+        prefix = f"{name}." if name else ""
+        traced = plan.traced[name]
+        modules = dict(module.named_modules())
+        for graph in traced.graphs:
+            for node in graph.nodes:
+                if kind(node, modules) == "float":
+                    what = str(node.target) if node.op == "call_module" else name_of(node)
+                    plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
+        sites = quantization_sites(traced, module)
+        plan.sites[name] = [Site(s.node, s.owner, s.attribute, prefix + s.layer) for s in sites]
+    inside = _inside_opaque_modules(network, plan)
+    for name, module in network.named_modules():
+        if isinstance(module, WEIGHT_LAYERS):
+            reason = plan.left_in_float.get(name) or inside.get(name) or why_not_quantizable(module)
+            if reason:
+                plan.left_in_float[name] = reason
+            else:
+                plan.layers.append(name)
+    return plan
+
+
+def _candidates(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules that can be traced; fills in ``plan.traced`` and the reasons for the others."""
+    if not has_weights(module) or isinstance(module, WEIGHT_LAYERS):
+        return
+    try:
+        traced = trace(module)
+    except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
+        if type(module).forward.__qualname__ not in _NO_FORWARD:
+            message = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+            plan.left_in_float[name or type(module).__name__] = (
+                f"operations between its layers: {type(module).__name__} cannot be traced "
+                f"({type(error).__name__}: {message})"
+            )
+        for child_name, child in module.named_children():
+            yield from _candidates(child, join(name, child_name), plan)
+        return
+    reached = _reached(module, traced)
+    inner = _only_network(module, reached)
+    if inner is not None:
+        yield from _candidates(module.get_submodule(inner), join(name, inner), plan)
+    else:
+        plan.traced[name] = traced
+        yield name, module
+    for path, layer in module.named_modules():
+        if isinstance(layer, WEIGHT_LAYERS) and layer not in reached:
+            plan.left_in_float[join(name, path)] = f"forward of {type(module).__name__} does not call it"
+
+
+def _reached(module: nn.Module, traced: Traced) -> set[nn.Module]:
+    """All modules that the graphs call, and those inside them."""
+    targets = {str(n.target) for graph in traced.graphs for n in graph.nodes if n.op == "call_module"}
+    return {inside for target in targets for inside in module.get_submodule(target).modules()}
+
+
+def _only_network(module: nn.Module, reached: set[nn.Module]) -> str | None:
+    """The one child of a LightningModule that its forward uses, or None.
+
+    Its training_step may call that network directly, past the forward of the LightningModule. What its own
+    forward does beside is preparation and evaluation, which stay in float.
+    """
+    if not hasattr(module, "training_step"):
+        return None
+    used = [n for n, child in module.named_children() if has_weights(child) and reached & set(child.modules())]
+    one = len(used) == 1 and not isinstance(module.get_submodule(used[0]), WEIGHT_LAYERS)
+    return used[0] if one else None
+
+
+def _inside_opaque_modules(network: nn.Module, plan: Plan) -> dict[str, str]:
+    """Weight layers below a module that the graph calls as a whole, such as nn.MultiheadAttention."""
+    inside = {}
+    for name, traced in plan.traced.items():
+        for node in (node for graph in traced.graphs for node in graph.nodes if node.op == "call_module"):
+            path = join(name, str(node.target))
+            module = network.get_submodule(path)
+            for below, layer in module.named_modules(prefix=path):
+                if layer is not module and isinstance(layer, WEIGHT_LAYERS):
+                    inside[below] = f"it is inside {type(module).__name__}, which is called as a whole"
+    return inside
