@@ -106,8 +106,8 @@ class FakeQuantize(nn.Module):
         self.range_estimator = range_estimator
         self.quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         self.quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        # NaN says that there is no range yet. A flag of its own would be a buffer, which weight averaging averages.
-        log2_scale = torch.full(scale_shape, torch.nan)
+        # Infinity says that there is no range yet. A flag of its own would be a buffer, which weight averaging averages.
+        log2_scale = torch.full(scale_shape, torch.inf)
         if learned:
             self.log2_scale = nn.Parameter(log2_scale)
         else:
@@ -162,7 +162,7 @@ class FakeQuantize(nn.Module):
 
     def reset(self) -> None:
         """Forget the range: the quantizer passes its input through again."""
-        self.log2_scale.detach().fill_(torch.nan)
+        self.log2_scale.detach().fill_(torch.inf)
         self._ready = False
 
     def quantize(self, x: Tensor) -> Tensor:
