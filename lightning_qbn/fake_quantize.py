@@ -106,7 +106,7 @@ class FakeQuantize(nn.Module):
         self.range_estimator = range_estimator
         self.quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
         self.quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        # Infinity says that there is no range yet. A flag of its own would be a buffer, which weight averaging averages.
+        # Infinity says that there is no range yet. A flag would be a buffer, and weight averaging averages those.
         log2_scale = torch.full(scale_shape, torch.inf)
         if learned:
             self.log2_scale = nn.Parameter(log2_scale)

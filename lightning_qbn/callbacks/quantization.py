@@ -28,6 +28,10 @@ from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
 from lightning_qbn.schedule import QATSchedule
 
+# Of the logarithm of a scale (Jain et al., appendix B, bound it too). A nearly constant channel before a
+# batch-norm has gradients of 1e5: a weight of 100 does no harm there, a scale of 2**100 ends the training.
+_LARGEST_GRADIENT = 1.0
+
 
 class QuantizationAwareTraining(Callback):
     """Train with quantizers, batch-norm unfolded.
@@ -124,9 +128,13 @@ class QuantizationAwareTraining(Callback):
             self._watch.report()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called with gradients ready: frozen scales get none, so that no optimizer moves them."""
-        if not self.schedule.phase(trainer.current_epoch).move_scales:
-            for quantizer in quantizers(pl_module).values():
+        """Called with gradients ready and unscaled: those of scales are bounded, frozen scales get none."""
+        move = self.schedule.phase(trainer.current_epoch).move_scales
+        for quantizer in quantizers(pl_module).values():
+            gradient = quantizer.log2_scale.grad
+            if gradient is not None and move:
+                gradient.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+            elif gradient is not None:
                 quantizer.log2_scale.grad = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

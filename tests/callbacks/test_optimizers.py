@@ -311,3 +311,20 @@ def test_frozen_scales_are_not_moved_by_momentum(optimizer, make_trainer):
     make_trainer(callback, Note(), max_epochs=3).fit(module, train_loader())
     assert_same(notes[0], notes[1])
     assert_same(notes[0], notes[2])
+
+
+def test_exploding_gradients_do_not_explode_scales(make_trainer):
+    class Exploding(Composed):
+        def training_step(self, *args):
+            return 1e6 * super().training_step(*args)
+
+    class Scales(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.first = {name: q.scale.detach().clone() for name, q in quantizers(pl_module).items()}
+
+    module, scales = Exploding(), Scales()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.01)
+    make_trainer(QuantizationAwareTraining(CONFIG), scales, max_epochs=1).fit(module, train_loader())
+    for name, quantizer in quantizers(module).items():
+        octaves = (quantizer.scale.detach() / scales.first[name]).log2().abs().max()
+        assert octaves <= 6 * 0.01 + 1e-4, name  # six steps of at most the learning rate
