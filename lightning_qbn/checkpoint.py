@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,24 +12,34 @@ from lightning.pytorch import LightningModule
 
 from lightning_qbn.config import as_config
 from lightning_qbn.errors import ConfigurationError
-from lightning_qbn.insertion import insert_quantizers
+from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.insertion import insert_quantizers, remove_quantizers
 
 CHECKPOINT_KEY = "lightning_qbn"  # where QuantizationAwareTraining notes the config in a checkpoint
 Module = TypeVar("Module", bound=LightningModule)
 
 
-def load_quantized(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:
+def load_quantized(cls: type[Module], path: str | Path, *, weights_only: bool = True, **kwargs: Any) -> Module:
     """A LightningModule with its quantizers, scales and weights from a checkpoint.
 
     Args:
         cls: class of the module.
         path: checkpoint that a Trainer with `QuantizationAwareTraining` wrote.
+        weights_only: refuse a file that holds more than tensors and plain data. False runs what the file
+            says, which hyperparameters that are objects need: only for files that you trust.
         **kwargs: arguments of the class that the checkpoint's hyperparameters do not hold.
 
     Raises:
-        ConfigurationError: the checkpoint holds no quantized network.
+        ConfigurationError: the checkpoint holds objects, or no quantized network.
+        FileNotFoundError: there is no such file.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as cause:
+        raise ConfigurationError(
+            f"{path} holds more than tensors and plain data ({str(cause).strip().splitlines()[-1][:200]}). If you "
+            f"trust the file, pass weights_only=False."
+        ) from cause
     if CHECKPOINT_KEY not in saved:
         raise ConfigurationError(
             f"{path} was not written by QuantizationAwareTraining: it has no entry {CHECKPOINT_KEY!r}. "
@@ -36,7 +47,9 @@ def load_quantized(cls: type[Module], path: str | Path, **kwargs: Any) -> Module
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the quantizers' keys are not expected yet
-        module = cls.load_from_checkpoint(path, map_location="cpu", strict=False, **kwargs)
+        module = cls.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=weights_only, **kwargs)
+    if quantizers(module):
+        remove_quantizers(module)  # a network among the hyperparameters came with those it had when it was saved
     insert_quantizers(module, as_config(saved[CHECKPOINT_KEY]["config"]))
     module.load_state_dict(saved["state_dict"])
     return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,27 @@ def test_weights_of_another_network_are_an_error(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_quantized(Own, tmp_path / "nothing.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*is already saved during checkpointing.*")
+def test_hyperparameters_that_are_objects(tmp_path):
+    class Made(LightningModule):
+        def __init__(self, network: nn.Module, make: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x)
+
+    config, x = QuantizationConfig(weight_bits=4), torch.randn(8, 5)
+    module = Made(net(), Path("somewhere"))
+    insert_quantizers(module, config)
+    calibrate_quantizers(module, [x])
+    checkpoint = {"state_dict": module.state_dict(), "lightning_qbn": {"config": config.to_dict()}}
+    checkpoint |= {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": "2.6.0"}
+    torch.save(checkpoint, tmp_path / "made.ckpt")
+    with pytest.raises(ConfigurationError, match="weights_only=False"):
+        load_quantized(Made, tmp_path / "made.ckpt")
+    loaded = load_quantized(Made, tmp_path / "made.ckpt", weights_only=False)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))

@@ -86,11 +86,13 @@ class QuantizedExport(Callback):
         self.folded, self.folding, self.report, self.files = None, None, None, {}
         networks = quantized_networks(pl_module)
         self.network = next(iter(networks)) if len(networks) == 1 else ""
+        if any(not name.startswith(f"{self.network}.") for name in weight_layers(pl_module)):
+            self.network = ""  # other layers belong to what was trained: all of it is exported
         if not self.network and type(pl_module).forward is LightningModule.forward:
             raise ConfigurationError(
-                f"{type(pl_module).__name__} has no forward and {len(networks)} traced networks "
-                f"({', '.join(networks) or 'none'}), so it is not known what to export. Give it a forward, or leave "
-                f"all but one in float with QuantizationConfig(skip=[...])."
+                f"{type(pl_module).__name__} has no forward, and its quantized layers are not all in one traced "
+                f"network (there are: {', '.join(networks) or 'none'}), so it is not known what to export. Give it a "
+                f"forward, or leave all but one network in float with QuantizationConfig(skip=[...])."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -223,6 +224,23 @@ def test_several_networks_without_forward_are_refused_before_training(make_train
     with pytest.raises(QuantizationError, match="features"):
         make_trainer(qat(**forward_fn), export, max_epochs=1).fit(module, train_loader())
     assert not module.seen
+
+
+def test_a_layer_outside_the_only_network_is_not_left_out_of_the_file(make_trainer, tmp_path):
+    class Tail(Direct):
+        def build(self):
+            self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+            self.tail = nn.Linear(4 * 36, 3)
+
+        forward = LightningModule.forward
+
+        def classify(self, images):
+            return self.tail(self.features(images))
+
+    forward_fn = {"forward_fn": lambda m, batch: m.classify(batch[0])}
+    export = QuantizedExport(str(tmp_path / "model.onnx"), **forward_fn)
+    with pytest.raises(ConfigurationError, match=r"no forward.*features"):
+        make_trainer(qat(**forward_fn), export, max_epochs=1).fit(Tail(), train_loader())
 
 
 # Found before training
