@@ -50,6 +50,8 @@ def run(cfg: DictConfig) -> float | None:
     for library in ("lightning.pytorch", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)
     check_writable(cfg.paths.output_dir, ConfigurationError)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
     data: LightningDataModule = instantiate(cfg.data)
     _rehearse(cfg, callbacks)

@@ -35,8 +35,8 @@ def test_default_run_shows_what_the_method_is_for(default_run):
     report = json.loads((default_run[0] / "report.json").read_text())
     accuracy, control = report["accuracy"], report["control"]
     assert accuracy["float"] > 0.96
-    assert accuracy["before_reestimation"] < 0.7
     assert accuracy["after_reestimation"] > 0.92
+    assert accuracy["before_reestimation"] < accuracy["after_reestimation"] - 0.2
     assert accuracy["folded"] == pytest.approx(accuracy["after_reestimation"], abs=0.01)
     assert accuracy["onnx"] == pytest.approx(accuracy["folded"], abs=0.01)
     # The float network, trained for as many steps, has no such gap: the cause is not the training itself.
