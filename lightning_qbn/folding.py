@@ -14,6 +14,7 @@ from lightning_qbn.errors import FoldingError
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
+from lightning_qbn.norms import leave_remainder, remainder
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.tracing import join
 
@@ -88,12 +89,23 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     return folded
 
 
+def _has_own_forward(norm: nn.Module) -> bool:
+    return type(norm).forward not in _PLAIN_FORWARDS or "forward" in norm.__dict__
+
+
 def _remove(norm: nn.Module) -> None:
-    """Make an Identity of a batch-norm: the same object, so that its hooks and its output's quantizer stay."""
+    """Make an Identity of a batch-norm: the same object, so that its hooks and its output's quantizer stay.
+
+    One with a forward of its own keeps what that does beside the normalisation.
+    """
+    graph = remainder(norm) if _has_own_forward(norm) else None
     tensors = [name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))]
     for name in tensors:
         delattr(norm, name)
-    norm.__class__ = nn.Identity
+    if graph is None:
+        norm.__class__ = nn.Identity
+    else:
+        leave_remainder(norm, graph)
 
 
 def _check(network: nn.Module) -> dict[str, WeightQuantized]:
@@ -145,8 +157,8 @@ def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[st
     norm = modules[str(norms[0].target)]
     if len(norms) > 1:
         return f"it is called {len(norms)} times"
-    if type(norm).forward not in _PLAIN_FORWARDS or "forward" in norm.__dict__:
-        return f"{type(norm).__name__} has its own forward()"
+    if "forward" in norm.__dict__ or (_has_own_forward(norm) and remainder(norm) is None):
+        return f"{type(norm).__name__} has its own forward(), which does not show what is left when it is folded"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics (track_running_stats=False)"
     source = norms[0].all_input_nodes[0]
