@@ -9,16 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_qbn.channels import fits, leads_only_to, source_of
 from lightning_qbn.convolution import WeightLayer, channel_shape, channel_view
 from lightning_qbn.errors import FoldingError
-from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
-from lightning_qbn.norms import leave_remainder, remainder
-from lightning_qbn.operations import BatchNorm
+from lightning_qbn.norms import affine, remove_normalisation, why_not_removable
+from lightning_qbn.operations import is_norm, kind, value_users
 from lightning_qbn.tracing import join
 
-_PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _NEGLIGIBLE = 2.0**-60  # of the layer's largest scale: such a channel is its bias, to the last bit of float32
 
 
@@ -83,29 +82,10 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     for name, result in frozen.items():
         freeze_integers(folded.get_submodule(name), result.integers, result.scale, result.bias)
     for norm in pairs.values():
-        _remove(folded.get_submodule(norm))
+        remove_normalisation(folded.get_submodule(norm))
     flipped = {name: result.flipped for name, result in frozen.items() if result.flipped}
     folded.__dict__["report"] = FoldingReport({norm: name for name, norm in pairs.items()}, refused, flipped)
     return folded
-
-
-def _has_own_forward(norm: nn.Module) -> bool:
-    return type(norm).forward not in _PLAIN_FORWARDS or "forward" in norm.__dict__
-
-
-def _remove(norm: nn.Module) -> None:
-    """Make an Identity of a batch-norm: the same object, so that its hooks and its output's quantizer stay.
-
-    One with a forward of its own keeps what that does beside the normalisation.
-    """
-    graph = remainder(norm) if _has_own_forward(norm) else None
-    tensors = [name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))]
-    for name in tensors:
-        delattr(norm, name)
-    if graph is None:
-        norm.__class__ = nn.Identity
-    else:
-        leave_remainder(norm, graph)
 
 
 def _check(network: nn.Module) -> dict[str, WeightQuantized]:
@@ -137,51 +117,53 @@ def _find_pairs(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
             if node.op == "call_module":
                 calls.setdefault(str(node.target), []).append(node)
         for target, nodes in calls.items():
-            if isinstance(modules[target], BatchNorm):
+            if is_norm(modules[target]):
                 name = join(prefix, target)
-                reason = _why_not(nodes, modules, calls)
+                layer, reason = _layer_of(nodes, modules, calls)
                 if reason:
                     refused[name] = reason
                 else:
-                    layer = str(nodes[0].all_input_nodes[0].target)
                     pairs[join(prefix, layer)] = name
     known = {network.get_submodule(name) for name in (*refused, *pairs.values())}
     for name, module in network.named_modules():
-        if isinstance(module, BatchNorm) and module not in known:
+        if is_norm(module) and module not in known:
             refused[name] = "no traced graph reaches it, so what stands before it is not known"
     return pairs, refused
 
 
-def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
-    """Why a batch-norm cannot go into the weight layer before it, or None."""
+def _layer_of(
+    norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]
+) -> tuple[str, str | None]:
+    """The weight layer before a batch-norm and why it cannot take the batch-norm in, or None."""
     norm = modules[str(norms[0].target)]
+    source, axis = source_of(norms[0], modules)
+    name = str(source.target) if source is not None else ""
     if len(norms) > 1:
-        return f"it is called {len(norms)} times"
-    if "forward" in norm.__dict__ or (_has_own_forward(norm) and remainder(norm) is None):
-        return f"{type(norm).__name__} has its own forward(), which does not show what is left when it is folded"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it keeps no running statistics (track_running_stats=False)"
-    source = norms[0].all_input_nodes[0]
-    if isinstance(modules.get(str(source.target)), FakeQuantize):
-        source = source.all_input_nodes[0]  # rounded, because others use it too
-    layer = modules.get(str(source.target)) if source.op == "call_module" else None
-    if not isinstance(layer, WeightQuantized):
-        return f"the operation before it ({source.name}) is no quantized weight layer"
-    return _why_not_into(layer, source, len(calls[str(source.target)]), norms[0])
+        return name, f"it is called {len(norms)} times"
+    if reason := why_not_removable(norm):
+        return name, reason
+    layer = modules.get(name)
+    if source is None or not isinstance(layer, WeightQuantized):
+        before = norms[0].all_input_nodes[0]
+        return name, f"the operation before it ({before.name}) is no quantized weight layer"
+    if len(calls[name]) > 1:
+        return name, f"{name} before it is called {len(calls[name])} times"
+    if not leads_only_to(source, norms[0]):
+        return name, f"the output of {name} before it has {_users(source, modules)} users"
+    if not fits(layer, norm, axis):
+        return name, f"its channels are not the output channels of {name} before it"
+    return name, None
 
 
-def _why_not_into(layer: WeightQuantized, source: fx.Node, calls: int, norm: fx.Node) -> str | None:
-    """Why a weight layer cannot take in the batch-norm behind it, or None."""
-    if calls > 1:
-        return f"{source.target} before it is called {calls} times"
-    users = {user for direct in source.users for user in (direct.users if direct is not norm else [direct])}
-    if len(source.users) > 1 or source not in norm.all_input_nodes:
-        return f"the output of {source.target} before it has {max(len(users), len(source.users))} users"
-    if isinstance(layer, nn.Linear) and layer.seen_dims not in (None, 2):
-        return (
-            f"{source.target} is a linear layer on inputs of {layer.seen_dims} dimensions, whose channels are elsewhere"
-        )
-    return None
+def _users(source: fx.Node, modules: dict[str, nn.Module]) -> int:
+    """The most users that a value has on its way from a layer through one quantizer and single operations."""
+    node, most = source, 1
+    while True:
+        users = value_users(node)
+        most = max(most, len(users))
+        if len(users) != 1 or kind(users[0], modules) not in ("transparent", "quantizer"):
+            return most
+        node = users[0]
 
 
 def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:
@@ -193,7 +175,7 @@ def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:
     bias = None if plain.bias is None else plain.bias.detach().double()
     if norm is None:
         return _Frozen(integers, scale.to(dtype), None if bias is None else bias.to(dtype))
-    factor, shift = _affine(norm)
+    factor, shift = affine(norm)
     factor = factor.reshape(shape)
     scale = scale * factor.abs()
     if not bool(scale.isfinite().all() & shift.isfinite().all()):
@@ -207,14 +189,3 @@ def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:
     bias = shift if bias is None else shift + bias * factor.flatten()
     flipped = int((factor < 0).sum())
     return _Frozen(codes.view_as(integers), scale.to(dtype), bias.to(dtype), flipped)
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Factor and shift per channel of a batch-norm in inference form, float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.detach().double()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.detach().double()
-    factor = gamma / (variance + norm.eps).sqrt()
-    return factor, beta - mean * factor

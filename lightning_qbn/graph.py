@@ -9,7 +9,8 @@ from difflib import SequenceMatcher
 import torch
 from torch import fx, nn
 
-from lightning_qbn.operations import Kind, kind, name_of
+from lightning_qbn.channels import source_of, unrounded_layers
+from lightning_qbn.operations import Kind, kind, name_of, value_users
 from lightning_qbn.tracing import Traced
 
 
@@ -47,9 +48,9 @@ def quantization_sites(traced: Traced, network: nn.Module) -> list[Site]:
     sites = []
     for graph in traced.graphs:
         kinds = {node: kind(node, modules) for node in graph.nodes}
-        computes = _feeding_arithmetic(graph, kinds)
-        ends = [node for node in _depending_on_input(graph) if _is_group_end(node, kinds, computes)]
-        sites += [Site(node, *places[node], _leader(node, kinds) or _operation_name(node)) for node in ends]
+        computes, inner = _feeding_arithmetic(graph, kinds), unrounded_layers(graph, modules)
+        ends = [n for n in _depending_on_input(graph) if n not in inner and _is_group_end(n, kinds, computes)]
+        sites += [Site(node, *places[node], _leader(node, kinds, modules) or _operation_name(node)) for node in ends]
     return sites
 
 
@@ -108,11 +109,10 @@ def _is_group_end(node: fx.Node, kinds: dict[fx.Node, Kind], computes: set[fx.No
         return False  # a sigmoid on the way out: rounding it to 0 or 1 would ruin a loss
     if what not in ("weight", "norm", "clamp", "curve", "arithmetic"):
         return False
-    if len(node.users) != 1:
+    users = value_users(node)
+    if len(users) != 1:
         return True
-    (user,) = node.users
-    if kinds[user] == "norm":
-        return what != "weight"
+    (user,) = users
     return kinds[user] != "clamp" and not (kinds[user] == "curve" and user in computes)
 
 
@@ -129,10 +129,11 @@ def _is_unpacked_input(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
     return name_of(node) == "getitem" and kinds[source] == "input" and _is_container(source)
 
 
-def _leader(node: fx.Node, kinds: dict[fx.Node, Kind]) -> str | None:
+def _leader(node: fx.Node, kinds: dict[fx.Node, Kind], modules: dict[str, nn.Module]) -> str | None:
     """Name of the weight layer at the head of the group that ends in this node."""
     while kinds[node] in ("clamp", "curve", "norm") and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+        source = source_of(node, modules)[0] if kinds[node] == "norm" else None
+        node = source or node.all_input_nodes[0]
     return str(node.target) if kinds[node] == "weight" else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Literal, TypeAlias
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -89,6 +89,38 @@ _VALUE_NAMES = {
 }
 
 
+# What these give depends on the shape, dtype or device of their argument alone.
+_SHAPE_NAMES = {"size", "dim", "ndimension", "numel", "len", "is_floating_point", "zeros_like", "ones_like"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "itemsize"}
+_MOVED_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
+_AS_NAMES = {"reshape_as", "view_as", "expand_as", "type_as"}  # of their second argument
+
+
+def value_users(node: fx.Node) -> list[fx.Node]:
+    """The users of a node's values; others want its shape, dtype or device alone."""
+    return [user for user in node.users if not _wants_shape(user, node)]
+
+
+def _wants_shape(user: fx.Node, node: fx.Node) -> bool:
+    name = name_of(user)
+    if name == "getattr":
+        return user.args[1] in _SHAPE_ATTRIBUTES
+    return name in _SHAPE_NAMES or (name in _AS_NAMES and user.args[0] is not node)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch-norm: one of torch's, or a frozen one that holds the same four tensors.
+
+    Detection libraries write frozen batch-norms as modules of their own, without parameters.
+    """
+    if isinstance(module, BatchNorm):
+        return True
+    tensors = [getattr(module, name, None) for name in ("running_mean", "running_var", "weight", "bias")]
+    shapes = {tuple(t.shape) if isinstance(t, Tensor) else None for t in tensors}
+    alone = all(isinstance(child, FakeQuantize) for child in module.children())
+    return alone and len(shapes) == 1 and len(shapes.pop() or ()) == 1
+
+
 def name_of(node: fx.Node) -> str:
     """Short name of the operation: ``add``, ``relu``, ``adaptive_avg_pool2d``, or the module's name."""
     if callable(node.target):
@@ -102,9 +134,13 @@ def kind(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
         return _KIND_OF_OP[node.op]
     if node.op == "call_module":
         module = modules[str(node.target)]
+        if is_norm(module):
+            return "norm"
         known = next((result for kinds, result in _KIND_OF_MODULE.items() if isinstance(module, kinds)), None)
         return known or ("transparent" if _only_moves(module) else "float")
     name = name_of(node)
+    if name == "getattr" and node.args[1] in _MOVED_ATTRIBUTES:
+        return "transparent"
     if name in _VALUE_NAMES or (name in _ARITHMETIC_NAMES and _only_sizes(node, modules)):
         return "value"
     return next((result for names, result in _KIND_OF_NAME.items() if name in names), "float")
@@ -113,7 +149,6 @@ def kind(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
 _KIND_OF_OP: dict[str, Kind] = {"placeholder": "input", "output": "output", "get_attr": "constant"}
 _KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
     WEIGHT_LAYERS: "weight",
-    (BatchNorm,): "norm",
     (FakeQuantize,): "quantizer",
     _CLAMP_MODULES: "clamp",
     _CURVE_MODULES: "curve",
