@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -13,10 +13,55 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
-WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_FUNCTIONS: dict[type[nn.Module], Any] = {nn.Linear: F.linear, **_CONVOLUTIONS, **_TRANSPOSED}
+WEIGHT_LAYERS: tuple[type[nn.Module], ...] = tuple(_FUNCTIONS)
 WeightLayer: TypeAlias = (
     nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
+
+
+class OwnForward(nn.Module):
+    """Mixed into a form of a weight layer whose class has a forward of its own, to run that with another weight."""
+
+    float_class: type[nn.Module]
+    _given: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The given weight while the layer computes, otherwise its own."""
+        if self._given is not None:
+            return self._given[0]
+        try:
+            return cast(Tensor, nn.Module.__getattr__(self, "weight"))
+        except AttributeError:  # a form that has no Parameter
+            return cast(Tensor, super().weight)  # type: ignore[misc]
+
+    @property
+    def bias(self) -> Any:
+        """The given bias while the layer computes, otherwise its own."""
+        return nn.Module.__getattr__(self, "bias") if self._given is None else self._given[1]
+
+    def compute(self, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        """What the layer's own forward computes with another weight and bias."""
+        self._given = (weight, bias)
+        try:
+            output: Tensor = self.float_class.forward(self, input, *rest)
+        finally:
+            self._given = None
+        return output
+
+
+def has_own_forward(layer_class: type[nn.Module]) -> bool:
+    """Whether a class of weight layers computes otherwise than the class of torch that it is made from."""
+    kind = next(kind for kind in WEIGHT_LAYERS if issubclass(layer_class, kind))
+    return any(
+        getattr(layer_class, name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")
+    )
+
+
+def function_of(layer: nn.Module) -> Any:
+    """The function of torch that a weight layer stands for."""
+    return next(function for kind, function in _FUNCTIONS.items() if isinstance(layer, kind))
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -53,18 +98,19 @@ def apply_weight(
     layer: WeightLayer, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
 ) -> Tensor:
     """What the layer's own forward computes, with another weight and bias."""
+    if isinstance(layer, OwnForward):
+        return layer.compute(x, weight, bias, *([] if output_size is None else [output_size]))
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     convolved: Tensor
+    call = function_of(layer)
     if is_transposed(layer):
         padding = _output_padding(layer, x, output_size)
-        call = next(call for kind, call in _TRANSPOSED.items() if isinstance(layer, kind))
         convolved = call(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
         return convolved
     padding_: Any = layer.padding
     if layer.padding_mode != "zeros":
         x, padding_ = F.pad(x, _both_sides(layer), mode=layer.padding_mode), 0
-    call = next(call for kind, call in _CONVOLUTIONS.items() if isinstance(layer, kind))
     convolved = call(x, weight, bias, layer.stride, padding_, layer.dilation, layer.groups)
     return convolved
 

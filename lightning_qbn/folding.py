@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_qbn.channels import fits, leads_only_to, source_of
-from lightning_qbn.convolution import WeightLayer, channel_shape, channel_view
+from lightning_qbn.convolution import OwnForward, WeightLayer, channel_shape, channel_view
 from lightning_qbn.errors import FoldingError
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
 from lightning_qbn.norms import affine, remove_normalisation, why_not_removable
 from lightning_qbn.operations import is_norm, kind, value_users
+from lightning_qbn.own_forward import takes_batch_norm
 from lightning_qbn.tracing import join
 
 _NEGLIGIBLE = 2.0**-60  # of the layer's largest scale: such a channel is its bias, to the last bit of float32
@@ -150,6 +151,8 @@ def _layer_of(
         return name, f"{name} before it is called {len(calls[name])} times"
     if not leads_only_to(source, norms[0]):
         return name, f"the output of {name} before it has {_users(source, modules)} users"
+    if isinstance(layer, OwnForward) and not takes_batch_norm(layer):
+        return name, f"{layer.float_class.__name__} before it has its own forward(), which does more than convolve"
     if not fits(layer, norm, axis):
         return name, f"its channels are not the output channels of {name} before it"
     return name, None

@@ -15,13 +15,16 @@ from torch.nn.utils import parametrize, prune
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.convolution import (
     WEIGHT_LAYERS,
+    OwnForward,
     WeightLayer,
     apply_weight,
     channel_shape,
     channel_view,
+    has_own_forward,
     is_transposed,
 )
 from lightning_qbn.fake_quantize import FakeQuantize
+from lightning_qbn.own_forward import why_weight_is_not_convolved
 
 
 class WeightQuantized(nn.Module):
@@ -94,7 +97,8 @@ def in_form(form: type[nn.Module], float_class: type[nn.Module]) -> Any:
     """The class of a layer in one of its forms, a subclass of its float class; the same one every time."""
     if (form, float_class) not in _FORMS:
         contents = {"float_class": float_class, "__module__": __name__}
-        _FORMS[form, float_class] = type(f"{form.__name__}{float_class.__name__}", (form, float_class), contents)
+        bases = (OwnForward, form, float_class) if has_own_forward(float_class) else (form, float_class)
+        _FORMS[form, float_class] = type(f"{form.__name__}{float_class.__name__}", bases, contents)
     return _FORMS[form, float_class]
 
 
@@ -106,23 +110,15 @@ def _new(form: type[nn.Module], float_class: type[nn.Module]) -> nn.Module:
 
 def why_not_quantizable(layer: nn.Module) -> str | None:
     """Why a weight layer has to stay in float, or None."""
-    kind = next((kind for kind in WEIGHT_LAYERS if isinstance(layer, kind)), None)
-    if kind is None:
+    if not isinstance(layer, WEIGHT_LAYERS):
         return f"{type(layer).__name__} is no convolution or linear layer"
-    own = [
-        name
-        for name in ("forward", "_conv_forward")
-        if getattr(type(layer), name, None) is not getattr(kind, name, None)
-    ]
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"
-    if own:
-        return f"{type(layer).__name__} has its own {own[0]}()"
     if isinstance(layer.weight, nn.UninitializedParameter):
         return "its weight has no shape yet: run the network once before quantizing it"
     if isinstance(layer.weight, Tensor) and not layer.weight.is_floating_point():
         return f"its weight is {layer.weight.dtype}, not floating point"
-    return None
+    return why_weight_is_not_convolved(layer) if has_own_forward(type(layer)) else None
 
 
 def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuantize:
@@ -145,6 +141,7 @@ def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuant
 def restore_weight(layer: WeightQuantized) -> None:
     """Undo `quantize_weight`."""
     del layer.weight_quantizer
+    layer.__dict__.pop("_given", None)
     layer.__class__ = layer.float_class  # type: ignore[assignment]
 
 
