@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.graph import Site
 from lightning_qbn.layers import (
     IntegerWeight,
     WeightQuantized,
@@ -18,8 +19,9 @@ from lightning_qbn.layers import (
     weight_layers,
 )
 from lightning_qbn.planning import Plan, make_plan
-from lightning_qbn.rewriting import QuantizedNetwork, install, uninstall
-from lightning_qbn.tracing import join
+from lightning_qbn.regions import divide
+from lightning_qbn.rewriting import Program, QuantizedNetwork, Rewritten, install, uninstall
+from lightning_qbn.tracing import Traced, join
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def remove_quantizers(network: nn.Module) -> None:
     for module in list(network.modules()):
         if isinstance(module, WeightQuantized):
             restore_weight(module)
-        if isinstance(module, QuantizedNetwork):
+        if isinstance(module, Rewritten):
             uninstall(module)
     for path in quantizers(network):
         owner, _, attribute = path.rpartition(".")
@@ -142,15 +144,31 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: Plan) -> In
                 quantizer = _activation_quantizer(settings).to(device).train(owner.training)
                 owner.add_module(site.attribute, quantizer)
             activations[join(name, site.path)] = settings.activation_bits
-        for node, site in placed.items():
-            users = list(node.users)
-            with node.graph.inserting_after(node):
-                rounded = node.graph.call_module(site.path, (node,))
-            for user in users:
-                user.replace_input_with(node, rounded)
-        install(root, plan.traced[name])
+        _rewrite(root, plan.traced[name], placed)
     assert len(weight_layers(network)) == len(weights)
     return InsertionReport(weights, activations, left_in_float, tuple(plan.traced))
+
+
+def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> None:
+    """Let a network and the modules inside run their parts of its graphs, with the quantizers in them."""
+    holders = {node: root.get_submodule(site.owner) for node, site in placed.items()}
+    regions = divide(traced, root, holders)
+    for node, site in placed.items():
+        for region in (region for parts in regions.values() for region in parts if node in region.copies):
+            name = region.names[holders[node]]
+            _round(region.copies[node], join(name, site.attribute))
+        _round(node, site.path)
+    for name, parts in regions.items():
+        programs = [Program(part.graph, part.fixed) for part in parts]
+        install(root.get_submodule(name), programs[0], programs[-1], None if name else traced)
+
+
+def _round(node: fx.Node, quantizer: str) -> None:
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        rounded = node.graph.call_module(quantizer, (node,))
+    for user in users:
+        user.replace_input_with(node, rounded)
 
 
 def _activation_quantizer(settings: QuantizationConfig) -> FakeQuantize:

@@ -11,8 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from lightning_qbn.operations import BatchNorm, value_users
-from lightning_qbn.rewriting import install
-from lightning_qbn.tracing import Traced
+from lightning_qbn.rewriting import Program, install
 
 _PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
@@ -84,7 +83,8 @@ def remove_normalisation(norm: nn.Module) -> None:
         norm.__class__ = nn.Identity
     else:
         norm.__class__ = Remainder
-        install(norm, Traced(graph, graph))
+        program = Program(graph)
+        install(norm, program, program)
 
 
 def _remainder(norm: nn.Module) -> fx.Graph | None:

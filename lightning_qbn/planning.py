@@ -11,7 +11,7 @@ from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.graph import Site, quantization_sites
 from lightning_qbn.layers import why_not_quantizable
 from lightning_qbn.operations import kind, name_of
-from lightning_qbn.tracing import Traced, has_weights, join, trace
+from lightning_qbn.tracing import Traced, has_weights, is_whole, join, trace, why_untraceable
 
 # A forward of these names is that of a container or of a LightningModule that has none of its own.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
@@ -40,12 +40,12 @@ def make_plan(network: nn.Module) -> Plan:
         modules = dict(module.named_modules())
         for graph in traced.graphs:
             for node in graph.nodes:
-                if kind(node, modules) == "float":
+                if kind(node, modules) == "float" and node.target not in traced.opaque:
                     what = str(node.target) if node.op == "call_module" else name_of(node)
                     plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
         sites = quantization_sites(traced, module)
         plan.sites[name] = [Site(s.node, s.owner, s.attribute, prefix + s.layer) for s in sites]
-    inside = _inside_opaque_modules(network, plan)
+    inside = _inside_whole_modules(network)
     for name, module in network.named_modules():
         if isinstance(module, WEIGHT_LAYERS):
             reason = plan.left_in_float.get(name) or inside.get(name) or why_not_quantizable(module)
@@ -58,17 +58,13 @@ def make_plan(network: nn.Module) -> Plan:
 
 def _candidates(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
     """The largest modules that can be traced; fills in ``plan.traced`` and the reasons for the others."""
-    if not has_weights(module) or isinstance(module, WEIGHT_LAYERS):
+    if is_whole(module):
         return
     try:
         traced = trace(module)
     except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
         if type(module).forward.__qualname__ not in _NO_FORWARD:
-            message = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
-            plan.left_in_float[name or type(module).__name__] = (
-                f"operations between its layers: {type(module).__name__} cannot be traced "
-                f"({type(error).__name__}: {message})"
-            )
+            plan.left_in_float[name or type(module).__name__] = why_untraceable(module, error)
         for child_name, child in module.named_children():
             yield from _candidates(child, join(name, child_name), plan)
         return
@@ -79,6 +75,10 @@ def _candidates(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str,
     else:
         plan.traced[name] = traced
         yield name, module
+        for path, reason in traced.opaque.items():
+            plan.left_in_float[join(name, path)] = reason
+            for child_name, child in module.get_submodule(path).named_children():
+                yield from _candidates(child, join(name, f"{path}.{child_name}"), plan)
     for path, layer in module.named_modules():
         if isinstance(layer, WEIGHT_LAYERS) and layer not in reached:
             plan.left_in_float[join(name, path)] = f"forward of {type(module).__name__} does not call it"
@@ -103,14 +103,12 @@ def _only_network(module: nn.Module, reached: set[nn.Module]) -> str | None:
     return used[0] if one else None
 
 
-def _inside_opaque_modules(network: nn.Module, plan: Plan) -> dict[str, str]:
-    """Weight layers below a module that the graph calls as a whole, such as nn.MultiheadAttention."""
-    inside = {}
-    for name, traced in plan.traced.items():
-        for node in (node for graph in traced.graphs for node in graph.nodes if node.op == "call_module"):
-            path = join(name, str(node.target))
-            module = network.get_submodule(path)
-            for below, layer in module.named_modules(prefix=path):
-                if layer is not module and isinstance(layer, WEIGHT_LAYERS):
-                    inside[below] = f"it is inside {type(module).__name__}, which is called as a whole"
-    return inside
+def _inside_whole_modules(network: nn.Module) -> dict[str, str]:
+    """Weight layers below a module of torch that is called as a whole, such as nn.MultiheadAttention."""
+    return {
+        below: f"it is inside {type(module).__name__}, which is called as a whole"
+        for path, module in network.named_modules()
+        if is_whole(module)
+        for below, layer in module.named_modules(prefix=path)
+        if layer is not module and isinstance(layer, WEIGHT_LAYERS)
+    }

@@ -1,10 +1,11 @@
-"""Give a network the forward of its traced graph: same object, a subclass of its own class."""
+"""Give modules the forward of a graph: same objects, a subclass of their own class."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -13,71 +14,113 @@ from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.tracing import Traced
 
 
-class QuantizedNetwork(nn.Module):
-    """Marks a network that runs the forward of its graphs, which call the activation quantizers."""
+@dataclass(frozen=True)
+class Program:
+    """What a module runs: a graph, and the arguments that the graph does not take.
+
+    Args:
+        graph: names modules and tensors by their path below the module.
+        fixed: arguments of forward to the value that the graph holds for them.
+    """
+
+    graph: fx.Graph
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+class Rewritten(nn.Module):
+    """Marks a module that runs a graph, which calls the activation quantizers."""
 
     float_class: type[nn.Module]
-    traced: Traced
+    programs: tuple[Program, Program]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class and the graphs: the class itself is made at run time."""
-        return _new, (self.float_class, self.traced), self.__dict__
+        traced = self.traced if isinstance(self, QuantizedNetwork) else None
+        return _new, (self.float_class, self.programs, traced), self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the same class: graphs do not change once they are installed."""
-        copied = type(self).__new__(type(self))
+        copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
 
-def install(network: nn.Module, traced: Traced) -> None:
-    """Let a network run these graphs in place of its forward, which keeps its signature.
+class QuantizedNetwork(Rewritten):
+    """Marks a whole network that was traced, and keeps its flat graphs with the quantizers in them."""
 
-    The graphs name modules by their path below the network, so whatever stands there when the forward runs
-    is called: a batch-norm converted to SyncBatchNorm, or a layer that has been replaced.
+    traced: Traced
+
+
+def install(module: nn.Module, train: Program, evaluation: Program, traced: Traced | None = None) -> None:
+    """Let a module run graphs in place of its forward, which keeps its signature.
+
+    The graphs name modules by their path, so whatever stands there when the forward runs is called: a
+    batch-norm converted to SyncBatchNorm, or a layer that has been replaced.
+
+    Args:
+        module: gets a subclass of its own class.
+        train: runs while the module's training flag is set.
+        evaluation: runs otherwise; may be the same.
+        traced: flat graphs of a whole network.
     """
-    float_class = network.float_class if isinstance(network, QuantizedNetwork) else type(network)
+    float_class = module.float_class if isinstance(module, Rewritten) else type(module)
     namespace = {
-        "forward": _forward(float_class, traced),
+        "forward": _forward(float_class, train, evaluation),
         "float_class": float_class,
-        "traced": traced,
+        "programs": (train, evaluation),
+        "__new__": _new_float,
         "__module__": float_class.__module__,
         "__doc__": float_class.__doc__,
     }
-    network.__class__ = type(f"Quantized{float_class.__name__}", (QuantizedNetwork, float_class), namespace)
+    if traced is not None:
+        namespace["traced"] = Traced(traced.train, traced.eval)
+    marker = Rewritten if traced is None else QuantizedNetwork
+    module.__class__ = type(f"Quantized{float_class.__name__}", (marker, float_class), namespace)
 
 
-def _new(float_class: type[nn.Module], traced: Traced) -> nn.Module:
-    network = float_class.__new__(float_class)
-    install(network, traced)
-    return network
+def uninstall(module: Rewritten) -> None:
+    """Give a module its own class back."""
+    module.__class__ = module.float_class  # type: ignore[assignment]
 
 
-def uninstall(network: QuantizedNetwork) -> None:
-    """Give a network its own class back."""
-    network.__class__ = network.float_class  # type: ignore[assignment]
+def _new(float_class: type[nn.Module], programs: tuple[Program, Program], traced: Traced | None) -> nn.Module:
+    module = float_class.__new__(float_class)
+    install(module, *programs, traced)
+    return module
 
 
-def _forward(float_class: type[nn.Module], traced: Traced) -> Callable[..., Any]:
+def _new_float(cls: type[Rewritten], *args: Any, **kwargs: Any) -> nn.Module:
+    """What a class makes of itself anew is a float module: a slice of a Sequential has fewer layers than its graph."""
+    return cls.float_class(*args, **kwargs)
+
+
+def _forward(float_class: type[nn.Module], train: Program, evaluation: Program) -> Callable[..., Any]:
     """A function with the signature of the class's own forward that runs the graph of the present mode."""
     signature = inspect.signature(float_class.forward)
-    required = [str(node.target) for node in traced.eval.nodes if node.op == "placeholder"]
-    parameters, checks, scope = [], [], {"_qbn_check": _check_default, "_qbn_train": _function(traced.train)}
-    scope["_qbn_eval"] = scope["_qbn_train"] if traced.train is traced.eval else _function(traced.eval)
-    for parameter in signature.parameters.values():
-        name, default = parameter.name, parameter.default
-        plain = parameter.replace(annotation=inspect.Parameter.empty)
+    owner, *parameters = signature.parameters.values()
+    scope: dict[str, Any] = {"_qbn_check": _check_fixed}
+    plain = [owner.replace(annotation=inspect.Parameter.empty)]
+    for parameter in parameters:
+        default = parameter.default
         if default is not inspect.Parameter.empty:
-            scope[f"_qbn_default_{name}"] = default
-            plain = plain.replace(default=_Name(f"_qbn_default_{name}"))
-            checks.append(f"    _qbn_check({float_class.__name__!r}, {name!r}, {name}, _qbn_default_{name})\n")
-        parameters.append(plain)
-    head = f"def forward{inspect.Signature(parameters)}:\n"
-    arguments = ", ".join([next(iter(signature.parameters)), *required])
-    choice = f"(_qbn_train if {arguments.split(',')[0]}.training else _qbn_eval)"
-    mode = "_qbn_train" if scope["_qbn_eval"] is scope["_qbn_train"] else choice
-    exec(head + "".join(checks) + f"    return {mode}({arguments})\n", scope)
+            scope[f"_qbn_default_{parameter.name}"] = default
+            default = _Name(f"_qbn_default_{parameter.name}")
+        plain.append(parameter.replace(annotation=inspect.Parameter.empty, default=default))
+    bodies, by_name = {}, {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for mode, program in {"train": train, "eval": evaluation}.items():
+        scope[f"_qbn_{mode}"] = _function(program.graph)
+        lines = []
+        for name, value in program.fixed.items():
+            scope[f"_qbn_{mode}_{name}"] = value
+            lines.append(f"_qbn_check({float_class.__name__!r}, {name!r}, {name}, _qbn_{mode}_{name})\n")
+        names = [str(node.target) for node in program.graph.nodes if node.op == "placeholder"]
+        taken = [f"{name}={name}" if name in by_name else name for name in names]
+        bodies[mode] = [*lines, f"return _qbn_{mode}({', '.join([owner.name, *taken])})\n"]
+    code = [f"def forward{inspect.Signature(plain)}:\n"]
+    if train is not evaluation:
+        code += [f"    if {owner.name}.training:\n", *(f"        {line}" for line in bodies["train"])]
+    exec("".join([*code, *(f"    {line}" for line in bodies["eval"])]), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
 
@@ -100,13 +143,11 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
     return function
 
 
-def _check_default(owner: str, name: str, value: Any, default: Any) -> None:
-    """The graph was traced with the default; any other value would be ignored without a word."""
-    same = value is default or (
-        type(value) is type(default) and isinstance(default, bool | int | float | str) and value == default
-    )
-    if not same:
+def _check_fixed(owner: str, name: str, value: Any, fixed: Any) -> None:
+    """The graph was traced with one value; any other would be ignored without a word."""
+    plain = type(value) is type(fixed) and isinstance(fixed, (bool, int, float, str, tuple, dict))
+    if not (value is fixed or (plain and value == fixed)):
         raise UnsupportedNetworkError(
-            f"forward of {owner} was traced for quantization with {name}={default!r} and got another value. "
-            f"Leave {name} out, or wrap the network in a module that fixes it before inserting quantizers."
+            f"forward of {owner} was traced for quantization with {name}={fixed!r} and got another value. "
+            f"Call it with that value, or wrap the network in a module that fixes it before inserting quantizers."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,13 @@ from lightning_qbn.errors import UnsupportedNetworkError
 
 
 @contextmanager
-def without_side_effects(network: nn.Module) -> Iterator[None]:
-    """Put attributes and random state back, and raise where the block has changed them.
+def without_side_effects(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put attributes of modules and random state back, and raise where the block has changed them.
 
     Raises:
         UnsupportedNetworkError: names what was changed.
     """
-    attributes = {module: dict(module.__dict__) for module in network.modules()}
+    attributes = {module: dict(module.__dict__) for module in modules}
     states = _random_states()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Trace a network into graphs that do what its forward does, or refuse to."""
+"""Trace a network into graphs that do what its forward does; what cannot be traced is called as a whole."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.errors import UnsupportedNetworkError
@@ -18,12 +18,40 @@ from lightning_qbn.operations import BatchNorm
 from lightning_qbn.side_effects import without_side_effects
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of a module during a trace, and what happened inside.
+
+    Args:
+        path: name of the module below the traced network.
+        args: positional arguments, with nodes in place of tensors; None if no graph can hold them.
+        kwargs: arguments by name, likewise.
+        output: what the call returned, likewise.
+        items: nodes and calls in the order of execution.
+    """
+
+    path: str
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    output: Any = None
+    items: list[fx.Node | Call] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Traced:
-    """The graphs of one network in training and in evaluation mode; one object where they are equal."""
+    """The graphs of one network in training and in evaluation mode; one object where they are equal.
+
+    Args:
+        train: graph of training mode. Modules that have batch-norms or weight layers inside are taken apart.
+        eval: graph of evaluation mode.
+        calls: the same for both, by the calls of the modules that were taken apart.
+        opaque: module that the graphs call as a whole, because it cannot be traced, to the reason.
+    """
 
     train: fx.Graph
     eval: fx.Graph
+    calls: dict[fx.Graph, Call] = field(default_factory=dict, repr=False)
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @property
     def graphs(self) -> list[fx.Graph]:
@@ -41,33 +69,92 @@ def has_weights(module: nn.Module) -> bool:
     return any(isinstance(m, (*WEIGHT_LAYERS, BatchNorm)) for m in module.modules())
 
 
-class _Tracer(fx.Tracer):
-    """Stops at modules of torch.nn and at modules without weight layers; notes the scope of each node."""
+def is_whole(module: nn.Module) -> bool:
+    """Whether graphs call a module as a whole: it has no weights, or its forward is torch's and no container's."""
+    if isinstance(module, (*WEIGHT_LAYERS, BatchNorm)) or not has_weights(module):
+        return True
+    forward = type(module).forward
+    of_torch = str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
+    return of_torch and not isinstance(module, nn.Sequential) and forward.__name__ != "_forward_unimplemented"
 
-    def __init__(self) -> None:
+
+def why_untraceable(module: nn.Module, error: Exception) -> str:
+    """The reason to give for a module whose tracing raised an error."""
+    message = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+    name = type(module).__name__
+    return f"operations between its layers: {name} cannot be traced ({type(error).__name__}: {message})"
+
+
+class _Tracer(fx.Tracer):
+    """Notes the scope of each node, and calls a module as a whole where tracing into it fails."""
+
+    proxy_buffer_attributes = True  # a buffer is read in every pass, as its owner's forward does
+
+    def __init__(self, opaque: dict[str, str]) -> None:
         super().__init__()
-        self._scopes = [""]
+        self.call = Call("")
+        self._opaque = opaque
         self._modes = _modes()
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*WEIGHT_LAYERS, BatchNorm)) or not has_weights(m):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._scopes.append(self.path_of_module(m))
+        path = self.path_of_module(m)
+        if path in self._opaque or is_whole(m):
+            return self.create_proxy("call_module", path, args, kwargs)
+        outer, last = self.call, next(iter(reversed(self.graph.nodes)), None)
+        inner = Call(path, _noted(args), _noted(kwargs))
+        self.call = inner
         try:
-            return super().call_module(m, forward, args, kwargs)
+            # The module's own forward: its hooks run when the graph calls it, not while it is traced.
+            with without_side_effects([m]):
+                output = m.forward(*args, **kwargs)
+            inner.output = _noted(output)
+        except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
+            self._erase_behind(last)
+            for inside in [name for name in self._opaque if name.startswith(f"{path}.")]:
+                del self._opaque[inside]
+            self._opaque[path] = why_untraceable(m, error)
+            self.call = outer
+            return self.create_proxy("call_module", path, args, kwargs)
         finally:
-            self._scopes.pop()
+            self.call = outer
+        outer.items.append(inner)
+        return output
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
             raise UnsupportedNetworkError("forward switches gradients or autocast, which a graph would not repeat")
         node = super().create_node(*args, **kwargs)
-        node.meta["scope"] = self._scopes[-1]
+        node.meta["scope"] = self.call.path
         node.type = None
+        self.call.items.append(node)
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
+            raise UnsupportedNetworkError("forward computes a tensor that depends on no input, which a graph would fix")
+        return super().create_arg(a)
+
+    def _is_attribute(self, tensor: Tensor) -> bool:
+        modules = list(self.root.modules())
+        return any(tensor is buffer for module in modules for buffer in module.buffers(recurse=False)) or any(
+            tensor is value for module in modules for value in module.__dict__.values()
+        )
+
+    def _erase_behind(self, last: fx.Node | None) -> None:
+        for node in list(reversed(self.graph.nodes)):
+            if node is last:
+                return
+            if node.op != "get_attr":  # the tracer keeps these for the next reader of the same tensor
+                self.graph.erase_node(node)
+
+
+def _noted(value: Any) -> Any:
+    """Arguments or results with nodes in place of proxies, as far as they are tuples, lists and dicts."""
+    if isinstance(value, fx.Proxy):
+        return value.node
+    if type(value) in (tuple, list):
+        return type(value)(_noted(v) for v in value)
+    return {key: _noted(v) for key, v in value.items()} if type(value) is dict else value
 
 
 def _modes() -> tuple[bool, ...]:
@@ -84,28 +171,44 @@ def trace(network: nn.Module) -> Traced:
     """
     if "forward" in network.__dict__:
         raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
+    opaque: dict[str, str] = {}
     with _modes_restored(network):
-        graphs = [_trace_once(network.train(mode)) for mode in (True, False)]
-    sources = [graph.python_code("self").src for graph in graphs]
-    return Traced(graphs[0], graphs[0] if sources[0] == sources[1] else graphs[1])
+        train = _trace_once(network, True, opaque)
+        known = set(opaque)
+        evaluation = _trace_once(network, False, opaque)
+        if set(opaque) != known:  # what cannot be traced in one mode is called as a whole in both
+            train = _trace_once(network, True, opaque)
+    if train[0].python_code("self").src == evaluation[0].python_code("self").src:
+        evaluation = train
+    return Traced(train[0], evaluation[0], dict([train, evaluation]), opaque)
 
 
-def _trace_once(network: nn.Module) -> fx.Graph:
-    parameters = inspect.signature(type(network).forward).parameters.values()
-    fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+def _trace_once(network: nn.Module, mode: bool, opaque: dict[str, str]) -> tuple[fx.Graph, Call]:
+    fixed = defaults(type(network).forward)
     for name, default in fixed.items():
         if isinstance(default, tuple | list | dict):
             raise UnsupportedNetworkError(f"no trace keeps the default {default!r} of the argument {name!r}")
-    with warnings.catch_warnings(), without_side_effects(network):
+    for module in network.modules():
+        module.training = mode  # not train(mode), which users override
+    tracer = _Tracer(opaque)
+    with warnings.catch_warnings(), without_side_effects(network.modules()):
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
-        graph = _Tracer().trace(network, fixed)
-    required = {p.name for p in parameters} - set(fixed)
+        graph = tracer.trace(network, fixed)
+    required = set(inspect.signature(type(network).forward).parameters) - set(fixed)
     for node in [n for n in graph.nodes if n.op == "placeholder" and str(n.target).lstrip("*") not in required]:
         for user in [u for checked in node.users for u in (*checked.users, checked)]:
             graph.erase_node(user)
         graph.erase_node(node)
+    for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
+        graph.erase_node(node)
     graph.lint()
-    return graph
+    return graph, tracer.call
+
+
+def defaults(forward: Any) -> dict[str, Any]:
+    """Arguments of a forward that have a default, with it: a whole network is traced with these."""
+    parameters = inspect.signature(forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 @contextmanager

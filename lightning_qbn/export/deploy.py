@@ -19,7 +19,7 @@ from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import IntegerWeight, in_form, weight_layers
 from lightning_qbn.operations import kind
-from lightning_qbn.rewriting import QuantizedNetwork, install
+from lightning_qbn.rewriting import Program, QuantizedNetwork, install
 from lightning_qbn.tracing import Traced, join
 
 _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that reaches as far as the bias
@@ -85,7 +85,8 @@ def deploy(folded: nn.Module) -> nn.Module:
     inputs: dict[str, FakeQuantize] = {}
     for prefix, root in quantized_networks(deployed).items():
         graph, found = _with_requantized_inputs(root)
-        install(root, Traced(graph, graph))
+        program = Program(graph, root.programs[1].fixed)
+        install(root, program, program, Traced(graph, graph))
         inputs |= {join(prefix, name): quantizer for name, quantizer in found.items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):

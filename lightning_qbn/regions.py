@@ -1,0 +1,204 @@
+"""Divide the graph of a network among its modules, so that each runs its own part when it is called.
+
+The flat graph of a whole network says where integer hardware rounds and what a batch-norm follows. Run as it
+is, it would go past the forward of every module inside: their hooks would never fire, and whoever calls one
+of them directly would leave the quantizers out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from lightning_qbn.tracing import Call, Traced, defaults
+
+_CONSTANTS = (bool, int, float, str, torch.dtype, torch.device, torch.memory_format, type(None))
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+@dataclass
+class Region:
+    """The part of a network's graph that one module runs.
+
+    Args:
+        graph: takes the arguments of the module's forward.
+        fixed: other arguments of it, by name, with the value they had.
+        copies: node of the flat graph to its copy here, for every operation of this part.
+        names: module to its name below this one.
+    """
+
+    graph: fx.Graph
+    fixed: dict[str, Any]
+    names: dict[nn.Module, str]
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+class _IndivisibleError(Exception):
+    """A module's part cannot be told from its surroundings; whoever calls it runs it then."""
+
+
+def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]) -> dict[str, list[Region]]:
+    """The parts of all modules that can have one, by name: one region for each graph that calls the module.
+
+    ``""`` is the network itself. A module that is called several times in a pass has no part of its own: each
+    call has quantizers of its own.
+
+    Args:
+        traced: flat graphs.
+        network: what was traced.
+        holders: node to the module that will hold the quantizer of its result.
+    """
+    regions: dict[str, list[Region]] = {}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    alive = {graph: set(graph.nodes) for graph in traced.graphs}
+    calls = {graph: list(_inside(traced.calls[graph])) for graph in traced.graphs}
+    several = {path for found in calls.values() for path, n in Counter(c.path for c in found).items() if n > 1}
+    by_path: dict[str, list[tuple[fx.Graph, Call]]] = {}
+    for graph, found in calls.items():
+        for call in found:
+            by_path.setdefault(call.path, []).append((graph, call))
+    for path in sorted(by_path, key=lambda path: max(_height(call) for _, call in by_path[path])):
+        if path not in several:
+            with suppress(_IndivisibleError):
+                regions[path] = [_Builder(c, modules, alive[g], regions, holders).build() for g, c in by_path[path]]
+    return regions
+
+
+def _inside(call: Call) -> Iterator[Call]:
+    for item in call.items:
+        if isinstance(item, Call):
+            yield from _inside(item)
+    yield call
+
+
+def _height(call: Call) -> int:
+    return 1 + max((_height(item) for item in call.items if isinstance(item, Call)), default=0)
+
+
+class _Builder:
+    """Builds the region of one call."""
+
+    def __init__(
+        self,
+        call: Call,
+        modules: dict[str, nn.Module],
+        alive: set[fx.Node],
+        regions: dict[str, list[Region]],
+        holders: dict[fx.Node, nn.Module],
+    ) -> None:
+        self._call, self._modules, self._alive = call, modules, alive
+        self._regions, self._holders = regions, holders
+        self._copy: dict[fx.Node, fx.Node] = {}  # of every value that is known here
+        module = modules[call.path]
+        self._forward = type(module).forward
+        self._region = Region(fx.Graph(), {}, {m: name for name, m in module.named_modules()})
+        if "forward" in module.__dict__ and call.path:
+            raise _IndivisibleError
+
+    def build(self) -> Region:
+        graph = self._region.graph
+        if self._call.path:
+            self._take_arguments()
+        else:
+            self._region.fixed = defaults(self._forward)
+        self._run(self._call.items)
+        if self._call.path:
+            graph.output(map_arg(_checked(self._call.output), self._known))
+        for node in reversed(list(graph.nodes)):
+            if node.target is operator.getitem and not node.users and node not in self._region.copies.values():
+                graph.erase_node(node)
+        return self._region
+
+    def _take_arguments(self) -> None:
+        signature = inspect.signature(self._forward)
+        bound = signature.bind(None, *self._call.args, **self._call.kwargs)
+        bound.apply_defaults()
+        for parameter in list(signature.parameters.values())[1:]:
+            value = bound.arguments[parameter.name]
+            if not _holds_nodes(value):
+                self._region.fixed[parameter.name] = value if value is parameter.default else _checked(value)
+                continue
+            self._take(value, self._region.graph.placeholder(_STARS.get(parameter.kind, "") + parameter.name))
+
+    def _take(self, value: Any, node: fx.Node) -> None:
+        """Know the nodes of an argument; one that is given twice could be two different tensors another time."""
+        if isinstance(value, fx.Node):
+            if value in self._copy:
+                raise _IndivisibleError
+            self._copy[value] = node
+        elif isinstance(value, tuple | list | dict):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                self._take(part, self._region.graph.call_function(operator.getitem, (node, key)))
+        else:
+            raise _IndivisibleError
+
+    def _run(self, items: list[fx.Node | Call]) -> None:
+        for item in items:
+            if isinstance(item, Call) and item.path in self._regions:
+                self._run_module(item)
+            elif isinstance(item, Call):
+                self._run(item.items)
+            elif item in self._alive and item.op != "get_attr":
+                self._run_node(item)
+
+    def _run_module(self, call: Call) -> None:
+        name = self._name_of(call.path)
+        args, kwargs = (map_arg(_checked(value), self._known) for value in (call.args, call.kwargs))
+        self._give(call.output, self._region.graph.call_module(name, args, kwargs))
+
+    def _give(self, value: Any, node: fx.Node) -> None:
+        """Know the nodes of a result, if they are not known already, as an argument that is passed on."""
+        if isinstance(value, fx.Node):
+            self._copy.setdefault(value, node)
+        elif isinstance(value, tuple | list | dict):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                self._give(part, self._region.graph.call_function(operator.getitem, (node, key)))
+
+    def _run_node(self, node: fx.Node) -> None:
+        if node in self._holders and self._holders[node] not in self._region.names:
+            raise _IndivisibleError
+        target = self._name_of(str(node.target)) if node.op == "call_module" else node.target
+        args: Any = map_arg(node.args, self._known)
+        kwargs: Any = map_arg(node.kwargs, self._known)
+        copied = self._region.graph.create_node(node.op, target, args, kwargs)
+        self._copy[node] = self._region.copies[node] = copied
+
+    def _known(self, node: fx.Node) -> fx.Node:
+        if node not in self._copy:
+            if node.op != "get_attr":
+                raise _IndivisibleError
+            owner, _, attribute = str(node.target).rpartition(".")
+            name = self._name_of(owner)
+            self._copy[node] = self._region.graph.get_attr(f"{name}.{attribute}" if name else attribute)
+        return self._copy[node]
+
+    def _name_of(self, path: str) -> str:
+        module = self._modules[path]
+        if module not in self._region.names:
+            raise _IndivisibleError
+        return self._region.names[module]
+
+
+def _holds_nodes(value: Any) -> bool:
+    if isinstance(value, tuple | list | dict):
+        return any(_holds_nodes(part) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, fx.Node)
+
+
+def _checked(value: Any) -> Any:
+    """The value itself if a graph can hold it."""
+    if type(value) in (tuple, list, dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            _checked(part)
+    elif not isinstance(value, (fx.Node, *_CONSTANTS)):
+        raise _IndivisibleError
+    return value
