@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from lightning_qbn.convolution import WeightLayer, out_channels
-from lightning_qbn.operations import is_norm, kind, name_of, value_users
+from lightning_qbn.kinds import kind
+from lightning_qbn.operations import is_norm, name_of, value_users
 
 # Each output channel stays where it is, and no value comes in that the layer has not computed. Dropout does
 # nothing in evaluation mode, the only one in which a batch-norm is folded.

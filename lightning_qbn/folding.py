@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from lightning_qbn.channels import fits, leads_only_to, source_of
-from lightning_qbn.convolution import OwnForward, WeightLayer, channel_shape, channel_view
+from lightning_qbn.convolution import WeightLayer, channel_shape, channel_view
 from lightning_qbn.errors import FoldingError
-from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
-from lightning_qbn.norms import affine, remove_normalisation, why_not_removable
-from lightning_qbn.operations import is_norm, kind, value_users
-from lightning_qbn.own_forward import takes_batch_norm
-from lightning_qbn.tracing import join
+from lightning_qbn.norms import affine, remove_normalisation
+from lightning_qbn.pairing import find_pairs
 
 _NEGLIGIBLE = 2.0**-60  # of the layer's largest scale: such a channel is its bias, to the last bit of float32
 
@@ -71,7 +67,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     {'1': '0'}
     """
     layers = _check(network)
-    pairs, refused = _find_pairs(network)
+    pairs, refused = find_pairs(network)
     frozen = {}
     for name, layer in layers.items():
         norm = pairs.get(name)
@@ -105,68 +101,6 @@ def _check(network: nn.Module) -> dict[str, WeightQuantized]:
             f"checkpoint of the quantized network."
         )
     return quantized
-
-
-def _find_pairs(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Weight layer to the batch-norm it takes in; and the other batch-norms with the reason."""
-    pairs: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    for prefix, root in quantized_networks(network).items():
-        modules = dict(root.named_modules())
-        calls: dict[str, list[fx.Node]] = {}
-        for node in root.traced.eval.nodes:
-            if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(node)
-        for target, nodes in calls.items():
-            if is_norm(modules[target]):
-                name = join(prefix, target)
-                layer, reason = _layer_of(nodes, modules, calls)
-                if reason:
-                    refused[name] = reason
-                else:
-                    pairs[join(prefix, layer)] = name
-    known = {network.get_submodule(name) for name in (*refused, *pairs.values())}
-    for name, module in network.named_modules():
-        if is_norm(module) and module not in known:
-            refused[name] = "no traced graph reaches it, so what stands before it is not known"
-    return pairs, refused
-
-
-def _layer_of(
-    norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]
-) -> tuple[str, str | None]:
-    """The weight layer before a batch-norm and why it cannot take the batch-norm in, or None."""
-    norm = modules[str(norms[0].target)]
-    source, axis = source_of(norms[0], modules)
-    name = str(source.target) if source is not None else ""
-    if len(norms) > 1:
-        return name, f"it is called {len(norms)} times"
-    if reason := why_not_removable(norm):
-        return name, reason
-    layer = modules.get(name)
-    if source is None or not isinstance(layer, WeightQuantized):
-        before = norms[0].all_input_nodes[0]
-        return name, f"the operation before it ({before.name}) is no quantized weight layer"
-    if len(calls[name]) > 1:
-        return name, f"{name} before it is called {len(calls[name])} times"
-    if not leads_only_to(source, norms[0]):
-        return name, f"the output of {name} before it has {_users(source, modules)} users"
-    if isinstance(layer, OwnForward) and not takes_batch_norm(layer):
-        return name, f"{layer.float_class.__name__} before it has its own forward(), which does more than convolve"
-    if not fits(layer, norm, axis):
-        return name, f"its channels are not the output channels of {name} before it"
-    return name, None
-
-
-def _users(source: fx.Node, modules: dict[str, nn.Module]) -> int:
-    """The most users that a value has on its way from a layer through one quantizer and single operations."""
-    node, most = source, 1
-    while True:
-        users = value_users(node)
-        most = max(most, len(users))
-        if len(users) != 1 or kind(users[0], modules) not in ("transparent", "quantizer"):
-            return most
-        node = users[0]
 
 
 def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:

@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from lightning_qbn.channels import source_of, unrounded_layers
-from lightning_qbn.operations import Kind, kind, name_of, value_users
+from lightning_qbn.kinds import kind
+from lightning_qbn.operations import Kind, name_of, value_users
 from lightning_qbn.tracing import Traced
 
 

@@ -1,8 +1,7 @@
-"""What each operation of a traced graph means to a quantizer: the tables, and `kind`, which reads them."""
+"""Names and classes of operations, by what they mean to a quantizer; `kinds.kind` reads these tables."""
 
 from __future__ import annotations
 
-import operator
 from typing import Literal, TypeAlias
 
 from torch import Tensor, fx, nn
@@ -34,53 +33,55 @@ Kind: TypeAlias = Literal[
     "quantizer",
 ]
 
-_CLAMP_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh)
+_CLAMP_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
 _CURVE_MODULES = (
-    *(nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus),
-    *(nn.Sigmoid, nn.Tanh),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Sigmoid),
+    *(nn.Tanh, nn.LogSigmoid, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
 )
 _ARITHMETIC_MODULES = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.Upsample, nn.UpsamplingBilinear2d),
+    *(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.GLU, nn.Fold),
 )
 _TRANSPARENT_MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
+    *(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d),
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.UpsamplingNearest2d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
 )
 
 _CLAMP_NAMES = {
-    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "hardtanh", "hardtanh_"),
-    *("clamp", "clamp_", "clip", "clip_"),
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "hardtanh", "hardtanh_"),
+    *("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_"),
+    *("threshold", "threshold_"),
 }
 _CURVE_NAMES = {
-    *("hardswish", "hardsigmoid", "silu", "gelu", "mish", "elu", "elu_", "celu", "selu", "softplus"),
-    *("sigmoid", "sigmoid_", "tanh", "tanh_"),
+    *("hardswish", "hardsigmoid", "silu", "gelu", "mish", "elu", "elu_", "celu", "celu_", "selu", "selu_", "softplus"),
+    *("sigmoid", "sigmoid_", "tanh", "tanh_", "logsigmoid", "softsign", "softshrink", "hardshrink", "tanhshrink"),
+    "special_expit",
 }
 _ARITHMETIC_NAMES = {
     *("add", "add_", "iadd", "sub", "sub_", "isub", "rsub", "mul", "mul_", "imul", "div", "div_", "truediv"),
-    *("itruediv", "neg", "abs", "cat", "concat", "concatenate", "stack", "mean", "sum", "matmul", "bmm", "mm"),
-    *("addmm", "baddbmm", "einsum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
-    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "maximum", "minimum"),
+    *("subtract", "multiply", "divide", "true_divide", "addcmul", "addcmul_", "addcdiv", "lerp", "lerp_"),
+    *("itruediv", "neg", "abs", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
+    *("mean", "sum", "cumsum", "matmul", "imatmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "tensordot"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_avg_pool3d", "lp_pool1d", "lp_pool2d", "lp_pool3d", "glu", "fold", "grid_sample"),
+    *("maximum", "minimum"),
 }
 _TRANSPARENT_NAMES = {
-    *("flatten", "unflatten", "reshape", "view", "view_as", "permute", "transpose", "squeeze", "unsqueeze"),
-    *("chunk", "split", "getitem", "unbind", "expand", "expand_as", "repeat", "contiguous", "clone", "detach"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "pad", "roll"),
-    *("adaptive_max_pool3d", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "narrow"),
-    *("feature_dropout", "select", "movedim", "swapaxes", "t", "float", "to", "type_as", "tile", "flip"),
-    *(
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "requires_grad_",
-        "index_select",
-        "gather",
-        "stochastic_depth",
-        "drop_path",
-    ),
+    *("flatten", "unflatten", "ravel", "reshape", "reshape_as", "view", "view_as", "permute", "transpose", "squeeze"),
+    *("unsqueeze", "chunk", "split", "tensor_split", "getitem", "unbind", "expand", "expand_as", "broadcast_to"),
+    *("repeat", "repeat_interleave", "tile", "contiguous", "clone", "detach", "narrow", "select", "movedim"),
+    *("moveaxis", "swapaxes", "swapdims", "t", "float", "double", "half", "bfloat16", "to", "type_as", "cpu", "cuda"),
+    *("flip", "roll", "rot90", "index_select", "gather", "take_along_dim", "unfold", "requires_grad_"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("max_unpool1d", "max_unpool2d", "max_unpool3d", "max", "min", "amax", "amin", "median", "sort"),
+    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+    *("feature_dropout", "stochastic_depth", "drop_path"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
 }
 _VALUE_NAMES = {
     *("size", "dim", "ndimension", "numel", "getattr", "len", "argmax", "argmin", "topk", "gt", "lt", "ge"),
@@ -92,7 +93,7 @@ _VALUE_NAMES = {
 # What these give depends on the shape, dtype or device of their argument alone.
 _SHAPE_NAMES = {"size", "dim", "ndimension", "numel", "len", "is_floating_point", "zeros_like", "ones_like"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "itemsize"}
-_MOVED_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
+MOVED_ATTRIBUTES = {"T", "mT", "H", "mH", "data"}
 _AS_NAMES = {"reshape_as", "view_as", "expand_as", "type_as"}  # of their second argument
 
 
@@ -128,26 +129,7 @@ def name_of(node: fx.Node) -> str:
     return str(node.target)
 
 
-def kind(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
-    """The meaning of one node of a traced graph."""
-    if node.op in _KIND_OF_OP:
-        return _KIND_OF_OP[node.op]
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        if is_norm(module):
-            return "norm"
-        known = next((result for kinds, result in _KIND_OF_MODULE.items() if isinstance(module, kinds)), None)
-        return known or ("transparent" if _only_moves(module) else "float")
-    name = name_of(node)
-    if name == "getattr" and node.args[1] in _MOVED_ATTRIBUTES:
-        return "transparent"
-    if name in _VALUE_NAMES or (name in _ARITHMETIC_NAMES and _only_sizes(node, modules)):
-        return "value"
-    return next((result for names, result in _KIND_OF_NAME.items() if name in names), "float")
-
-
-_KIND_OF_OP: dict[str, Kind] = {"placeholder": "input", "output": "output", "get_attr": "constant"}
-_KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
+KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
     WEIGHT_LAYERS: "weight",
     (FakeQuantize,): "quantizer",
     _CLAMP_MODULES: "clamp",
@@ -155,34 +137,10 @@ _KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
     _TRANSPARENT_MODULES: "transparent",
     _ARITHMETIC_MODULES: "arithmetic",
 }
-_KIND_OF_NAME: dict[frozenset[str], Kind] = {
-    frozenset(_ARITHMETIC_NAMES): "arithmetic",
-    frozenset(_CLAMP_NAMES): "clamp",
-    frozenset(_CURVE_NAMES): "curve",
-    frozenset(_TRANSPARENT_NAMES): "transparent",
+KIND_OF_NAME: dict[str, Kind] = {
+    **dict.fromkeys(_ARITHMETIC_NAMES, "arithmetic"),
+    **dict.fromkeys(_CLAMP_NAMES, "clamp"),
+    **dict.fromkeys(_CURVE_NAMES, "curve"),
+    **dict.fromkeys(_TRANSPARENT_NAMES, "transparent"),
+    **dict.fromkeys(_VALUE_NAMES, "value"),
 }
-
-
-def _only_moves(module: nn.Module) -> bool:
-    """Whether a module of somebody else only moves or drops values, as DropPath or a channel shuffle does."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        graph = fx.Tracer().trace(module.eval())
-    except Exception:  # noqa: BLE001  it does something that no trace shows
-        return False
-    finally:
-        for m, mode in modes:
-            m.training = mode
-    inside = dict(module.named_modules())
-    return {kind(node, inside) for node in graph.nodes} <= {"input", "transparent", "value", "output"}
-
-
-def _only_sizes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an arithmetic node works on sizes alone, such as ``x.shape[0] * 2``."""
-    return bool(node.all_input_nodes) and all(_is_value(source, modules) for source in node.all_input_nodes)
-
-
-def _is_value(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_function" and node.target is operator.getitem:
-        return _is_value(node.all_input_nodes[0], modules)
-    return kind(node, modules) == "value"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.graph import Site, quantization_sites
+from lightning_qbn.kinds import kind
 from lightning_qbn.layers import why_not_quantizable
-from lightning_qbn.operations import kind, name_of
+from lightning_qbn.operations import name_of, value_users
 from lightning_qbn.tracing import Traced, has_weights, is_whole, join, trace, why_untraceable
 
 # A forward of these names is that of a container or of a LightningModule that has none of its own.
@@ -45,7 +46,7 @@ def make_plan(network: nn.Module) -> Plan:
                     plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
         sites = quantization_sites(traced, module)
         plan.sites[name] = [Site(s.node, s.owner, s.attribute, prefix + s.layer) for s in sites]
-    inside = _inside_whole_modules(network)
+    inside = _inside_whole_modules(network) | _read_as_tensors(network, plan)
     for name, module in network.named_modules():
         if isinstance(module, WEIGHT_LAYERS):
             reason = plan.left_in_float.get(name) or inside.get(name) or why_not_quantizable(module)
@@ -112,3 +113,24 @@ def _inside_whole_modules(network: nn.Module) -> dict[str, str]:
         for below, layer in module.named_modules(prefix=path)
         if layer is not module and isinstance(layer, WEIGHT_LAYERS)
     }
+
+
+def _read_as_tensors(network: nn.Module, plan: Plan) -> dict[str, str]:
+    """Weight layers whose weight a graph also uses beside the layer, where it would stay in float."""
+    read = {
+        network.get_submodule(name).get_parameter(str(node.target)): name_of(users[0])
+        for name, traced in plan.traced.items()
+        for graph in traced.graphs
+        for node in graph.nodes
+        if node.op == "get_attr" and (users := value_users(node)) and _is_parameter(network.get_submodule(name), node)
+    }
+    return {
+        name: f"forward also uses its weight as a tensor (in {read[module.weight]}), which no quantizer would see"
+        for name, module in network.named_modules()
+        if isinstance(module, WEIGHT_LAYERS) and isinstance(module.weight, nn.Parameter) and module.weight in read
+    }
+
+
+def _is_parameter(root: nn.Module, node: fx.Node) -> bool:
+    owner, _, attribute = str(node.target).rpartition(".")
+    return isinstance(getattr(root.get_submodule(owner), attribute), nn.Parameter)

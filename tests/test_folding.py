@@ -311,7 +311,11 @@ CASES = {
     "a branch that is not called": (lambda s, x: s.norm(s.conv(x)), UNREACHED),
     "a branch in training only": (
         lambda s, x: s.norm(s.conv(x)) + s.second(s.other(x)) if s.training else s.norm(s.conv(x)),
-        UNREACHED,
+        {"second": "only training calls it"},
+    ),
+    "statistics read beside it": (
+        lambda s, x: s.second(s.other(s.norm(s.conv(x)) - s.norm.running_mean.view(3, 1, 1))),
+        {"norm": "running_mean as a tensor"},
     ),
 }
 

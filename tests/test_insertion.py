@@ -714,6 +714,25 @@ def test_layers_that_share_one_parameter():
     assert network.first.weight is network.second.weight
 
 
+def test_layer_whose_weight_is_read_as_a_tensor_stays_in_float():
+    class Tied(Small):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.head(self.project(self.features(x)) @ self.project.weight * self.head.weight.shape[0])
+
+    network, x = Tied().eval(), images()
+    before = network(x)
+    report = insert_quantizers(network, CONFIG)
+    assert "as a tensor (in matmul)" in report.left_in_float["project"]
+    assert "head" in report.weights, "only its shape is read"
+    assert torch.equal(network(x), before)
+    calibrate_quantizers(network, [x])
+    assert fold_batch_norms(network)(x).allclose(network(x), atol=1e-5)
+
+
 def test_module_that_is_called_twice():
     class Twice(nn.Module):
         def __init__(self):

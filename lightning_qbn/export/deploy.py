@@ -17,8 +17,8 @@ from lightning_qbn.errors import ExportError
 from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequantize
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.kinds import kind
 from lightning_qbn.layers import IntegerWeight, in_form, weight_layers
-from lightning_qbn.operations import kind
 from lightning_qbn.rewriting import Program, QuantizedNetwork, install
 from lightning_qbn.tracing import Traced, join
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lightning_qbn.errors import ExportError
 from lightning_qbn.export.deploy import QuantizeDequantize
 from lightning_qbn.export.inputs import tensors_in
-from lightning_qbn.operations import kind
+from lightning_qbn.kinds import kind
 
 _LEVELS = {"disabled": "ORT_DISABLE_ALL", "all": "ORT_ENABLE_ALL"}
 
