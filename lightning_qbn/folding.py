@@ -70,18 +70,21 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     pairs, refused = find_pairs(network)
     frozen = {}
     for name, layer in layers.items():
-        norm = pairs.get(name)
+        pair = pairs.get(name)
         try:
-            frozen[name] = _freeze(layer, cast(nn.BatchNorm2d, network.get_submodule(norm)) if norm else None)
+            frozen[name] = _freeze(layer, network.get_submodule(pair.norm) if pair else None)
         except FoldingError as error:
             raise FoldingError(f"{name} cannot be folded: {error}") from error
     folded = copy.deepcopy(network).eval()
     for name, result in frozen.items():
         freeze_integers(folded.get_submodule(name), result.integers, result.scale, result.bias)
-    for norm in pairs.values():
-        remove_normalisation(folded.get_submodule(norm))
+    for name, pair in pairs.items():
+        remove_normalisation(folded.get_submodule(pair.norm))
+        taken = folded.get_submodule(name)
+        if isinstance(taken, nn.Linear) and pair.axis == 1:
+            taken.__dict__["input_dims"] = 2
     flipped = {name: result.flipped for name, result in frozen.items() if result.flipped}
-    folded.__dict__["report"] = FoldingReport({norm: name for name, norm in pairs.items()}, refused, flipped)
+    folded.__dict__["report"] = FoldingReport({pair.norm: name for name, pair in pairs.items()}, refused, flipped)
     return folded
 
 
@@ -103,7 +106,7 @@ def _check(network: nn.Module) -> dict[str, WeightQuantized]:
     return quantized
 
 
-def _freeze(layer: WeightQuantized, norm: nn.BatchNorm2d | None) -> _Frozen:
+def _freeze(layer: WeightQuantized, norm: nn.Module | None) -> _Frozen:
     plain = cast(WeightLayer, layer)
     integers = layer.integers()
     shape = channel_shape(plain)

@@ -23,8 +23,10 @@ from lightning_qbn.convolution import (
     has_own_forward,
     is_transposed,
 )
+from lightning_qbn.errors import FoldingError
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.own_forward import why_weight_is_not_convolved
+from lightning_qbn.state_dicts import refuse_folded, refuse_unfolded
 
 
 class WeightQuantized(nn.Module):
@@ -63,6 +65,7 @@ class IntegerWeight(nn.Module):
     weight_integers: Tensor
     weight_scale: Tensor
     weight_bits: int
+    input_dims: int | None = None  # of the only inputs for which the folded batch-norm was the layer's
 
     def integers(self) -> Tensor:
         """The integers of the weight, int8, in the shape of the weight."""
@@ -81,6 +84,7 @@ class IntegerWeight(nn.Module):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The layer's own forward with integers times scale."""
+        check_dims(self, input)
         layer = cast(WeightLayer, self)
         bias = None if layer.bias is None else layer.bias.to(input.dtype)
         return apply_weight(layer, input, self.weight.to(input.dtype), bias, output_size)
@@ -88,6 +92,16 @@ class IntegerWeight(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class."""
         return _new, (IntegerWeight, self.float_class), self.__dict__
+
+
+def check_dims(layer: Any, input: Tensor) -> None:
+    """Raise for an input on which the batch-norm that the layer took in would have normalised another axis."""
+    if layer.input_dims is not None and input.dim() != layer.input_dims:
+        raise FoldingError(
+            f"A linear layer took in the batch-norm behind it, which is right for inputs of shape (batch, features), "
+            f"and got one of shape {tuple(input.shape)}, whose axis 1 the batch-norm would have normalised. "
+            f"Calibrate the network on such inputs before folding it: the batch-norm then stays a layer."
+        )
 
 
 _FORMS: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -134,6 +148,7 @@ def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuant
     ).to(layer.weight.device)
     quantizer.train(layer.training)
     layer.weight_quantizer = quantizer
+    layer.__dict__["_load_hook"] = layer.register_load_state_dict_pre_hook(refuse_folded)  # type: ignore[no-untyped-call]
     layer.__class__ = in_form(WeightQuantized, type(layer))
     return quantizer
 
@@ -141,6 +156,7 @@ def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuant
 def restore_weight(layer: WeightQuantized) -> None:
     """Undo `quantize_weight`."""
     del layer.weight_quantizer
+    layer.__dict__.pop("_load_hook").remove()
     layer.__dict__.pop("_given", None)
     layer.__class__ = layer.float_class  # type: ignore[assignment]
 
@@ -169,6 +185,7 @@ def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Ten
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     layer.register_buffer("weight_integers", integers)
     layer.register_buffer("weight_scale", scale)
+    layer.register_load_state_dict_pre_hook(refuse_unfolded)  # type: ignore[no-untyped-call]
     layer.__class__ = in_form(IntegerWeight, type(layer))
 
 

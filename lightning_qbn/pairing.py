@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import fx, nn
 
 from lightning_qbn.channels import fits, leads_only_to, source_of
@@ -15,26 +17,35 @@ from lightning_qbn.own_forward import takes_batch_norm
 from lightning_qbn.tracing import join
 
 
-def find_pairs(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+@dataclass(frozen=True)
+class Pair:
+    """A batch-norm that a weight layer takes in, and the axis of the layer's output that it normalises."""
+
+    norm: str
+    axis: int
+
+
+def find_pairs(network: nn.Module) -> tuple[dict[str, Pair], dict[str, str]]:
     """Weight layer to the batch-norm it takes in; and every other batch-norm to the reason why it stays."""
-    pairs: dict[str, str] = {}
+    pairs: dict[str, Pair] = {}
     refused: dict[str, str] = {}
     for prefix, root in quantized_networks(network).items():
         modules = dict(root.named_modules())
         calls = _calls(root.traced.eval)
         read = _read_as_tensors(root.traced.eval)
         for target in [target for target in calls if is_norm(modules[target])]:
-            layer, reason = _layer_of(calls[target], modules, calls)
+            reason = _why_not(calls[target], modules, calls)
             if target in read:
                 reason = f"forward also uses its {read[target]} as a tensor"
-            if reason:
-                refused[join(prefix, target)] = reason
+            source, axis = source_of(calls[target][0], modules)
+            if reason is None and source is not None:
+                pairs[join(prefix, str(source.target))] = Pair(join(prefix, target), axis)
             else:
-                pairs[join(prefix, layer)] = join(prefix, target)
+                refused[join(prefix, target)] = str(reason)
         for target in _calls(root.traced.train).keys() - calls.keys():
             if is_norm(modules[target]):
                 refused[join(prefix, target)] = "only training calls it: it is no part of inference"
-    known = {network.get_submodule(name) for name in (*refused, *pairs.values())}
+    known = {network.get_submodule(name) for name in (*refused, *(pair.norm for pair in pairs.values()))}
     for name, module in network.named_modules():
         if is_norm(module) and module not in known:
             refused[name] = "no traced graph reaches it, so what stands before it is not known"
@@ -55,30 +66,28 @@ def _read_as_tensors(graph: fx.Graph) -> dict[str, str]:
     return {owner: attribute for owner, _, attribute in (str(node.target).rpartition(".") for node in nodes)}
 
 
-def _layer_of(
-    norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]
-) -> tuple[str, str | None]:
-    """The weight layer before a batch-norm and why it cannot take the batch-norm in, or None."""
+def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
+    """Why the weight layer before a batch-norm cannot take it in, or None."""
     norm = modules[str(norms[0].target)]
+    if len(norms) > 1:
+        return f"it is called {len(norms)} times"
+    if reason := why_not_removable(norm):
+        return reason
     source, axis = source_of(norms[0], modules)
     name = str(source.target) if source is not None else ""
-    if len(norms) > 1:
-        return name, f"it is called {len(norms)} times"
-    if reason := why_not_removable(norm):
-        return name, reason
     layer = modules.get(name)
     if source is None or not isinstance(layer, WeightQuantized):
         before = norms[0].all_input_nodes[0]
-        return name, f"the operation before it ({before.name}) is no quantized weight layer"
+        return f"the operation before it ({before.name}) is no quantized weight layer"
     if len(calls[name]) > 1:
-        return name, f"{name} before it is called {len(calls[name])} times"
+        return f"{name} before it is called {len(calls[name])} times"
     if not leads_only_to(source, norms[0]):
-        return name, f"the output of {name} before it has {_users(source, modules)} users"
+        return f"the output of {name} before it has {_users(source, modules)} users"
     if isinstance(layer, OwnForward) and not takes_batch_norm(layer):
-        return name, f"{layer.float_class.__name__} before it has its own forward(), which does more than convolve"
+        return f"{layer.float_class.__name__} before it has its own forward(), which does more than convolve"
     if not fits(layer, norm, axis):
-        return name, f"its channels are not the output channels of {name} before it"
-    return name, None
+        return f"its channels are not the output channels of {name} before it"
+    return None
 
 
 def _users(source: fx.Node, modules: dict[str, nn.Module]) -> int:

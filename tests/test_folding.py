@@ -396,6 +396,19 @@ def test_linear_layer_on_sequences_is_not_folded_along_the_wrong_axis(length):
     assert "norm" in folded.report.refused
 
 
+def test_linear_layer_calibrated_elsewhere_refuses_sequences_when_folded():
+    # A checkpoint does not say of which form the inputs were. Length and features must agree for this to run at all.
+    network, x = randomise_batch_norms(Pair(nn.Linear(4, 6), nn.BatchNorm1d(6))), torch.randn(5, 4).double()
+    quantized(network, x)
+    other = Pair(nn.Linear(4, 6), nn.BatchNorm1d(6)).double().eval()
+    insert_quantizers(other, QuantizationConfig(weight_bits=4))
+    other.double().load_state_dict(network.state_dict())
+    folded = fold_batch_norms(other)
+    assert_same_outputs(other, folded, x)
+    with pytest.raises(FoldingError, match=r"got one of shape \(3, 6, 4\)"):
+        folded(torch.randn(3, 6, 4).double())
+
+
 def test_hooks_of_a_batch_norm_are_not_lost():
     network, x = randomise_batch_norms(Pair(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))), torch.randn(2, 2, 6, 6).double()
     network.norm.register_forward_hook(lambda module, args, output: output * 2)

@@ -18,7 +18,7 @@ from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequant
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.kinds import kind
-from lightning_qbn.layers import IntegerWeight, in_form, weight_layers
+from lightning_qbn.layers import IntegerWeight, check_dims, in_form, weight_layers
 from lightning_qbn.rewriting import Program, QuantizedNetwork, install
 from lightning_qbn.tracing import Traced, join
 
@@ -57,9 +57,11 @@ class DeployedWeight(nn.Module):
     bias_scale: Tensor | None
     weight_axis: int
     constant_channels: list[int]
+    input_dims: int | None = None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """What the layer computes, from its integers."""
+        check_dims(self, input)
         layer = cast(WeightLayer, self)
         weight = dequantize(self.weight_integers, self.weight_scale, self.weight_zero_point, self.weight_axis)
         if self.weight_factor is not None:
