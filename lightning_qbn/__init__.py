@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_qbn.fake_quantize import FakeQuantize as FakeQuantize
     from lightning_qbn.folding import FoldingReport as FoldingReport
     from lightning_qbn.folding import fold_batch_norms as fold_batch_norms
+    from lightning_qbn.forward_folding import fold_batch_norms_forward as fold_batch_norms_forward
     from lightning_qbn.insertion import InsertionReport as InsertionReport
     from lightning_qbn.insertion import insert_quantizers as insert_quantizers
     from lightning_qbn.insertion import remove_quantizers as remove_quantizers
@@ -64,6 +65,7 @@ _HOMES = {
     "export.program": ("export_program",),
     "fake_quantize": ("FakeQuantize",),
     "folding": ("FoldingReport", "fold_batch_norms"),
+    "forward_folding": ("fold_batch_norms_forward",),
     "insertion": ("InsertionReport", "insert_quantizers", "remove_quantizers"),
     "layers": ("integer_weights",),
     "reestimation": ("LayerDrift", "Reestimation", "reestimate_batch_norms"),

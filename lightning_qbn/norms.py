@@ -69,13 +69,17 @@ def _affine_by_probe(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     return (factor.flatten(), shift.flatten()) if same else None
 
 
+def is_plain(norm: nn.Module) -> bool:
+    """Whether nothing of a batch-norm is left when its normalisation is taken out."""
+    return not isinstance(norm, BatchNorm) or type(norm).forward in _PLAIN_FORWARDS
+
+
 def remove_normalisation(norm: nn.Module) -> None:
     """Make an Identity of a batch-norm: the same object, so that its hooks and its output's quantizer stay.
 
     One with a forward of its own keeps what that does beside the normalisation.
     """
-    plain = not isinstance(norm, BatchNorm) or type(norm).forward in _PLAIN_FORWARDS
-    graph = None if plain else _remainder(norm)
+    graph = None if is_plain(norm) else _remainder(norm)
     tensors = [name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))]
     for name in tensors:
         delattr(norm, name)

@@ -16,6 +16,8 @@ from lightning_qbn.operations import is_norm, value_users
 from lightning_qbn.own_forward import takes_batch_norm
 from lightning_qbn.tracing import join
 
+_FORWARD = "; fold_batch_norms_forward can fold it into the layer behind, before quantizers are inserted"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -77,8 +79,8 @@ def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[st
     name = str(source.target) if source is not None else ""
     layer = modules.get(name)
     if source is None or not isinstance(layer, WeightQuantized):
-        before = norms[0].all_input_nodes[0]
-        return f"the operation before it ({before.name}) is no quantized weight layer"
+        reason = f"the operation before it ({norms[0].all_input_nodes[0].name}) is no quantized weight layer"
+        return reason + (_FORWARD if _leads_to_layer(norms[0], modules) else "")
     if len(calls[name]) > 1:
         return f"{name} before it is called {len(calls[name])} times"
     if not leads_only_to(source, norms[0]):
@@ -88,6 +90,14 @@ def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[st
     if not fits(layer, norm, axis):
         return f"its channels are not the output channels of {name} before it"
     return None
+
+
+def _leads_to_layer(norm: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the batch-norm stands before a weight layer, with at most its own quantizer between."""
+    users = value_users(norm)
+    while len(users) == 1 and kind(users[0], modules) == "quantizer":
+        users = value_users(users[0])
+    return len(users) == 1 and kind(users[0], modules) == "weight"
 
 
 def _users(source: fx.Node, modules: dict[str, nn.Module]) -> int:
