@@ -41,7 +41,8 @@ def make_plan(network: nn.Module) -> Plan:
         modules = dict(module.named_modules())
         for graph in traced.graphs:
             for node in graph.nodes:
-                if kind(node, modules) == "float" and node.target not in traced.opaque:
+                whole = node.target in traced.opaque and has_weights(modules[str(node.target)])
+                if kind(node, modules) == "float" and not whole:
                     what = str(node.target) if node.op == "call_module" else name_of(node)
                     plan.left_in_float[prefix + what] = "computed in float: no integer form of it is known"
         sites = quantization_sites(traced, module)
@@ -76,13 +77,20 @@ def _candidates(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str,
     else:
         plan.traced[name] = traced
         yield name, module
-        for path, reason in traced.opaque.items():
-            plan.left_in_float[join(name, path)] = reason
-            for child_name, child in module.get_submodule(path).named_children():
-                yield from _candidates(child, join(name, f"{path}.{child_name}"), plan)
+        yield from _inside_opaque(module, name, plan)
     for path, layer in module.named_modules():
         if isinstance(layer, WEIGHT_LAYERS) and layer not in reached:
             plan.left_in_float[join(name, path)] = f"forward of {type(module).__name__} does not call it"
+
+
+def _inside_opaque(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules that can be traced inside those which the graphs of a network call as a whole."""
+    for path, reason in plan.traced[name].opaque.items():
+        opaque = module.get_submodule(path)
+        if has_weights(opaque):
+            plan.left_in_float[join(name, path)] = reason
+            for child_name, child in opaque.named_children():
+                yield from _candidates(child, join(name, f"{path}.{child_name}"), plan)
 
 
 def _reached(module: nn.Module, traced: Traced) -> set[nn.Module]:

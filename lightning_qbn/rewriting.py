@@ -145,7 +145,7 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
 
 def _check_fixed(owner: str, name: str, value: Any, fixed: Any) -> None:
     """The graph was traced with one value; any other would be ignored without a word."""
-    plain = type(value) is type(fixed) and isinstance(fixed, (bool, int, float, str, tuple, dict))
+    plain = type(value) is type(fixed) and isinstance(fixed, (bool, int, float, str, tuple, list, dict))
     if not (value is fixed or (plain and value == fixed)):
         raise UnsupportedNetworkError(
             f"forward of {owner} was traced for quantization with {name}={fixed!r} and got another value. "

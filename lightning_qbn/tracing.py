@@ -73,6 +73,10 @@ def is_whole(module: nn.Module) -> bool:
     """Whether graphs call a module as a whole: it has no weights, or its forward is torch's and no container's."""
     if isinstance(module, (*WEIGHT_LAYERS, BatchNorm)) or not has_weights(module):
         return True
+    return _is_of_torch(module)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
     forward = type(module).forward
     of_torch = str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
     return of_torch and not isinstance(module, nn.Sequential) and forward.__name__ != "_forward_unimplemented"
@@ -85,40 +89,64 @@ def why_untraceable(module: nn.Module, error: Exception) -> str:
     return f"operations between its layers: {name} cannot be traced ({type(error).__name__}: {message})"
 
 
+@dataclass
+class _Found:
+    """What is known of the modules of a network from the traces so far.
+
+    Args:
+        opaque: modules that cannot be traced, to the reason.
+        unpacking: modules that could not be traced with those without weights inside called as a whole: they
+            may take the result of one apart, as tuples are, and a graph shows that only from inside.
+    """
+
+    opaque: dict[str, str] = field(default_factory=dict)
+    unpacking: set[str] = field(default_factory=set)
+
+    def failed(self, path: str, module: nn.Module, error: Exception) -> bool:
+        """Note that tracing into a module failed; whether it is to be tried once more."""
+        for inside in [name for name in self.opaque if not path or name.startswith(f"{path}.")]:
+            del self.opaque[inside]
+        if path not in self.unpacking:
+            self.unpacking.add(path)
+            return True
+        self.opaque[path] = why_untraceable(module, error)
+        return False
+
+
 class _Tracer(fx.Tracer):
     """Notes the scope of each node, and calls a module as a whole where tracing into it fails."""
 
     proxy_buffer_attributes = True  # a buffer is read in every pass, as its owner's forward does
 
-    def __init__(self, opaque: dict[str, str]) -> None:
+    def __init__(self, found: _Found) -> None:
         super().__init__()
         self.call = Call("")
-        self._opaque = opaque
+        self._found = found
         self._modes = _modes()
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
-        if path in self._opaque or is_whole(m):
+        unpacked = self.call.path in self._found.unpacking and not _is_of_torch(m) and not has_weights(m)
+        if path in self._found.opaque or (is_whole(m) and not unpacked):
             return self.create_proxy("call_module", path, args, kwargs)
         outer, last = self.call, next(iter(reversed(self.graph.nodes)), None)
-        inner = Call(path, _noted(args), _noted(kwargs))
-        self.call = inner
-        try:
-            # The module's own forward: its hooks run when the graph calls it, not while it is traced.
-            with without_side_effects([m]):
-                output = m.forward(*args, **kwargs)
-            inner.output = _noted(output)
-        except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
-            self._erase_behind(last)
-            for inside in [name for name in self._opaque if name.startswith(f"{path}.")]:
-                del self._opaque[inside]
-            self._opaque[path] = why_untraceable(m, error)
-            self.call = outer
-            return self.create_proxy("call_module", path, args, kwargs)
-        finally:
-            self.call = outer
-        outer.items.append(inner)
-        return output
+        while True:
+            inner = self.call = Call(path, _noted(args), _noted(kwargs))
+            try:
+                # The module's own forward: its hooks run when the graph calls it, not while it is traced.
+                with without_side_effects([m]):
+                    output = m.forward(*args, **kwargs)
+                inner.output = _noted(output)
+            except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
+                self._erase_behind(last)
+                if self._found.failed(path, m, error):
+                    continue
+                self.call = outer
+                return self.create_proxy("call_module", path, args, kwargs)
+            finally:
+                self.call = outer
+            outer.items.append(inner)
+            return output
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
@@ -171,26 +199,35 @@ def trace(network: nn.Module) -> Traced:
     """
     if "forward" in network.__dict__:
         raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
-    opaque: dict[str, str] = {}
+    found = _Found()
     with _modes_restored(network):
-        train = _trace_once(network, True, opaque)
-        known = set(opaque)
-        evaluation = _trace_once(network, False, opaque)
-        if set(opaque) != known:  # what cannot be traced in one mode is called as a whole in both
-            train = _trace_once(network, True, opaque)
+        train = _trace_mode(network, True, found)
+        known = set(found.opaque), set(found.unpacking)
+        evaluation = _trace_mode(network, False, found)
+        if known != (set(found.opaque), found.unpacking):  # the same modules are called as a whole in both
+            train = _trace_mode(network, True, found)
     if train[0].python_code("self").src == evaluation[0].python_code("self").src:
         evaluation = train
-    return Traced(train[0], evaluation[0], dict([train, evaluation]), opaque)
+    return Traced(train[0], evaluation[0], dict([train, evaluation]), found.opaque)
 
 
-def _trace_once(network: nn.Module, mode: bool, opaque: dict[str, str]) -> tuple[fx.Graph, Call]:
+def _trace_mode(network: nn.Module, mode: bool, found: _Found) -> tuple[fx.Graph, Call]:
+    try:
+        return _trace_once(network, mode, found)
+    except Exception as error:
+        if found.failed("", network, error):
+            return _trace_once(network, mode, found)
+        raise
+
+
+def _trace_once(network: nn.Module, mode: bool, found: _Found) -> tuple[fx.Graph, Call]:
     fixed = defaults(type(network).forward)
     for name, default in fixed.items():
         if isinstance(default, tuple | list | dict):
             raise UnsupportedNetworkError(f"no trace keeps the default {default!r} of the argument {name!r}")
     for module in network.modules():
         module.training = mode  # not train(mode), which users override
-    tracer = _Tracer(opaque)
+    tracer = _Tracer(found)
     with warnings.catch_warnings(), without_side_effects(network.modules()):
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
         graph = tracer.trace(network, fixed)

@@ -134,6 +134,27 @@ def test_flag_that_the_caller_passes():
         network(x)
 
 
+class Naming(Block):
+    def forward(self, features, names, scale=(1, 2)):
+        names.append("more")  # as a feature pyramid of torchvision does
+        return {name: super(Naming, self).forward(features[0]) * scale[0] for name in names}
+
+
+def test_lists_that_the_caller_passes():
+    class Named(Outer):
+        def forward(self, x):
+            names = ["one"]
+            outputs = self.block([x], names)
+            return self.head(outputs[names[-1]])
+
+    network, x = Named(Naming()).eval(), images()
+    before = network(x)
+    insert_quantizers(network, CONFIG)
+    assert torch.equal(network(x), before)
+    with pytest.raises(UnsupportedNetworkError, match=r"names=\['one'\] and got another value"):
+        network.block([x], ["two"])
+
+
 class Pair(Block):
     def forward(self, x, *rest, other=None, **more):
         y = super().forward(x)
@@ -297,3 +318,28 @@ def test_export_and_compile():
     assert torch.equal(torch.compile(network, fullgraph=True, backend="eager")(x), expected)
     program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     assert torch.equal(program(x), expected)
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return x[:, :1], x[:, 1:]
+
+
+class Unpacking(Block):
+    def __init__(self):
+        super().__init__()
+        self.halves = Halves()
+
+    def forward(self, x):
+        first, second = self.halves(x)
+        return super().forward(torch.cat([second, first], 1))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_results_of_a_module_without_weights_are_unpacked(inside):
+    network, x = Outer(Unpacking()).eval() if inside else Unpacking().eval(), images()
+    before = network(x)
+    report = insert_quantizers(network, CONFIG)
+    assert torch.equal(network(x), before)
+    assert not report.left_in_float
+    assert report.networks == ("",)
