@@ -79,7 +79,10 @@ def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[st
     name = str(source.target) if source is not None else ""
     layer = modules.get(name)
     if source is None or not isinstance(layer, WeightQuantized):
-        reason = f"the operation before it ({norms[0].all_input_nodes[0].name}) is no quantized weight layer"
+        before = norms[0].all_input_nodes[0]
+        while kind(before, modules) == "quantizer":
+            before = before.all_input_nodes[0]
+        reason = f"the operation before it ({before.name}) is no quantized weight layer"
         return reason + (_FORWARD if _leads_to_layer(norms[0], modules) else "")
     if len(calls[name]) > 1:
         return f"{name} before it is called {len(calls[name])} times"

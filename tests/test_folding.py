@@ -78,50 +78,58 @@ def assert_all_named(network, folded):
 
 
 class Block(nn.Module):
-    """Convolution, batch-norm and activation, combined with the input in one of several ways."""
+    """A layer, batch-norm and activation, combined with the input in one of several ways."""
 
-    def __init__(self, channels, combine, activation, gamma, **convolution):
+    def __init__(self, layer, norm, combine, activation):
         super().__init__()
-        self.combine = combine
-        self.conv = nn.Conv2d(channels, channels, 3, **convolution)
-        self.norm = nn.BatchNorm2d(channels, affine=gamma is not None)
-        self.activation = activation
-        if gamma is not None:
-            self.norm.weight.data = torch.tensor(gamma[:channels])
-            self.norm.bias.data.normal_()
-        self.norm.running_mean.normal_()
-        self.norm.running_var.uniform_(0.05, 4)
+        self.layer, self.norm, self.combine, self.activation = layer, norm, combine, activation
 
     def forward(self, x):
-        y = self.norm(self.conv(x))
+        y = self.norm(self.layer(x))
         if self.combine == "add":
             return self.activation(y + x)
         y = self.activation(y)
         return torch.cat([x, y], 1)[:, 1 : 1 + x.shape[1]] if self.combine == "cat" else y
 
 
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 gammas = st.none() | st.lists(st.sampled_from([1.0, -1.0, 0.3, -2.5, 0.0, 1e-3]), min_size=4, max_size=4)
+
+
+def norm_of(dims, gamma):
+    norm = NORMS[dims](4, affine=gamma is not None)
+    if gamma is not None:
+        norm.weight.data = torch.tensor(gamma)
+        norm.bias.data.normal_()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.05, 4)
+    return norm
+
+
+@st.composite
+def layers(draw, dims, stride):
+    shared = {"stride": stride, "groups": draw(st.sampled_from([1, 2, 4])), "bias": draw(st.booleans())}
+    if draw(st.integers(0, 3)) == 0:
+        return TRANSPOSED[dims](4, 4, 3, padding=1, output_padding=stride - 1, **shared)
+    dilation, mode = draw(st.sampled_from([1, 2])), draw(st.sampled_from(["zeros", "reflect", "circular"]))
+    return CONVOLUTIONS[dims](4, 4, 3, dilation=dilation, padding=dilation, padding_mode=mode, **shared)
 
 
 @st.composite
 def networks(draw):
     torch.manual_seed(draw(st.integers(0, 2**16)))
+    dims = draw(st.sampled_from([2, 1, 3]))
     blocks = []
     for _ in range(draw(st.integers(1, 3))):
         combine = draw(st.sampled_from(["add", "cat", "none"]))
-        dilation = draw(st.sampled_from([1, 2]))
-        convolution = {
-            "stride": 1 if combine != "none" else draw(st.sampled_from([1, 2])),
-            "groups": draw(st.sampled_from([1, 2, 4])),
-            "dilation": dilation,
-            "padding": dilation,
-            "padding_mode": draw(st.sampled_from(["zeros", "reflect", "circular"])),
-            "bias": draw(st.booleans()),
-        }
+        layer = draw(layers(dims, 1 if combine != "none" else draw(st.sampled_from([1, 2]))))
         activation = draw(st.sampled_from([nn.ReLU(inplace=True), nn.ReLU6(), nn.Identity(), nn.Hardswish()]))
-        blocks.append(Block(4, combine, activation, draw(gammas), **convolution))
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    return nn.Sequential(nn.Conv2d(2, 4, 3), randomise_batch_norms(nn.BatchNorm2d(4)), *blocks, head)
+        blocks.append(Block(layer, norm_of(dims, draw(gammas)), combine, activation))
+    head = nn.Sequential(POOLS[dims](1), nn.Flatten(), nn.Linear(4, 4), norm_of(1, draw(gammas)), nn.Linear(4, 3))
+    return dims, nn.Sequential(CONVOLUTIONS[dims](2, 4, 3), norm_of(dims, draw(gammas)), *blocks, head)
 
 
 @few
@@ -132,9 +140,9 @@ def networks(draw):
     st.sampled_from([(8, torch.float64), (3, torch.float64), (None, torch.float32)]),
     st.booleans(),
 )
-def test_random_networks(network, bits, granularity, activations, symmetric):
-    activation_bits, dtype = activations
-    x = torch.randn(4, 2, 11, 11, dtype=dtype)
+def test_random_networks(drawn, bits, granularity, activations, symmetric):
+    (dims, network), (activation_bits, dtype) = drawn, activations
+    x = torch.randn(4, 2, *[11] * dims, dtype=dtype)
     quantized(
         network,
         x,
