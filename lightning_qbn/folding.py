@@ -75,7 +75,8 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
             frozen[name] = _freeze(layer, network.get_submodule(pair.norm) if pair else None)
         except FoldingError as error:
             raise FoldingError(f"{name} cannot be folded: {error}") from error
-    folded = copy.deepcopy(network).eval()
+    folded = copy.deepcopy(network)
+    folded.eval()  # in a line of its own: a train() of somebody else may return nothing
     for name, result in frozen.items():
         freeze_integers(folded.get_submodule(name), result.integers, result.scale, result.bias)
     for name, pair in pairs.items():

@@ -150,16 +150,21 @@ def _place(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
 
     Never in a container: a Sequential with one more child would run it, and `len` would count it.
     """
-    if node.op == "call_module" and not isinstance(modules[str(node.target)], torch.jit.ScriptModule):
+    if node.op == "call_module" and _takes_modules(modules[str(node.target)]):
         return str(node.target), "output_quantizer"
     owner = node.meta.get("scope", "")
-    while owner and isinstance(modules[owner], (*_CONTAINERS, torch.jit.ScriptModule)):
+    while owner and (isinstance(modules[owner], _CONTAINERS) or not _takes_modules(modules[owner])):
         owner = owner.rpartition(".")[0]
     if isinstance(modules[owner], _CONTAINERS):
         user = next((user for user in node.users if user.op == "call_module"), None)
         if user is not None:
             return str(user.target), "input_quantizer"
     return owner, f"{name_of(node).strip('*_').replace('.', '_')}_quantizer"
+
+
+def _takes_modules(module: nn.Module) -> bool:
+    """Whether a module keeps a child that is added: what torch.jit and torch.compile return does not."""
+    return not isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "_orig_mod")
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

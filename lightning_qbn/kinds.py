@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import fx, nn
 
 from lightning_qbn.operations import KIND_OF_MODULE, KIND_OF_NAME, MOVED_ATTRIBUTES, Kind, is_norm, name_of
+from lightning_qbn.side_effects import modes_restored
 
 _KIND_OF_OP: dict[str, Kind] = {"placeholder": "input", "output": "output", "get_attr": "constant"}
 # With a constant, these make one value of one value, as an activation does.
@@ -66,14 +67,11 @@ def _kind_by_trace(module: nn.Module) -> Kind:
 
     One that does several things of which integer hardware would round each is computed in float.
     """
-    modes = [(m, m.training) for m in module.modules()]
     try:
-        graph = fx.Tracer().trace(module.eval())
+        with modes_restored(module, False):
+            graph = fx.Tracer().trace(module)
     except Exception:  # noqa: BLE001  it does something that no trace shows
         return "float"
-    finally:
-        for m, mode in modes:
-            m.training = mode
     inside = dict(module.named_modules())
     kinds = {node: kind(node, inside) for node in graph.nodes if node.op not in ("placeholder", "output")}
     computing = [node for node, what in kinds.items() if what not in ("transparent", "value", "constant")]

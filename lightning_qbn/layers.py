@@ -55,7 +55,7 @@ class WeightQuantized(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class: the quantized one is made at run time."""
-        return _new, (WeightQuantized, self.float_class), self.__dict__
+        return _new, (WeightQuantized, self.float_class), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class IntegerWeight(nn.Module):
@@ -91,7 +91,7 @@ class IntegerWeight(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class."""
-        return _new, (IntegerWeight, self.float_class), self.__dict__
+        return _new, (IntegerWeight, self.float_class), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def check_dims(layer: Any, input: Tensor) -> None:
@@ -130,6 +130,12 @@ def why_not_quantizable(layer: nn.Module) -> str | None:
         return "its forward was replaced on the object"
     if isinstance(layer.weight, nn.UninitializedParameter):
         return "its weight has no shape yet: run the network once before quantizing it"
+    plain = isinstance(layer.weight, nn.Parameter) or parametrize.is_parametrized(layer) or prune.is_pruned(layer)
+    if not plain:
+        return (
+            "its weight is no Parameter: a hook makes it before each pass, as the deprecated weight_norm and "
+            "spectral_norm of torch.nn.utils do. Those of torch.nn.utils.parametrizations can be quantized"
+        )
     if isinstance(layer.weight, Tensor) and not layer.weight.is_floating_point():
         return f"its weight is {layer.weight.dtype}, not floating point"
     return why_weight_is_not_convolved(layer) if has_own_forward(type(layer)) else None

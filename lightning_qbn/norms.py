@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_qbn.operations import BatchNorm, value_users
 from lightning_qbn.rewriting import Program, install
+from lightning_qbn.side_effects import modes_restored
 
 _PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
@@ -56,7 +57,8 @@ def affine(norm: nn.Module) -> Any:
 
 @torch.no_grad()
 def _affine_by_probe(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    copied = copy.deepcopy(norm).double().eval()
+    copied = copy.deepcopy(norm).double()
+    copied.eval()
     mean: Tensor = copied.running_mean  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, mean.numel(), 3, 2, generator=generator, dtype=torch.float64).to(mean.device)
@@ -97,14 +99,11 @@ def _remainder(norm: nn.Module) -> fx.Graph | None:
     None where that is not known: the forward cannot be traced, does not normalise its input once with the
     layer's own parameters and statistics, or uses the input or one of those otherwise.
     """
-    modes = [(module, module.training) for module in norm.modules()]
     try:
-        graph = fx.Tracer().trace(norm.eval())
+        with modes_restored(norm, False):
+            graph = fx.Tracer().trace(norm)
     except Exception:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
         return None
-    finally:
-        for module, mode in modes:
-            module.training = mode
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     calls = [node for node in graph.nodes if node.target is F.batch_norm]
     if len(inputs) != 1 or len(calls) != 1 or not _normalises(calls[0], inputs[0], norm):

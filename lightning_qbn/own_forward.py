@@ -71,7 +71,8 @@ class _Recorder(TorchFunctionMode):
 def _run(layer: nn.Module) -> _Recorder | None:
     """One pass of ones through a copy of a layer; None where it fails."""
     try:
-        copied: Any = copy.deepcopy(layer).eval()
+        copied: Any = copy.deepcopy(layer)
+        copied.eval()
         copied.__class__ = getattr(layer, "float_class", type(layer))
         if copied.weight.dtype in (torch.float16, torch.bfloat16):
             copied.float()  # not every kernel of a processor knows these

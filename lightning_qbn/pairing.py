@@ -16,6 +16,7 @@ from lightning_qbn.operations import is_norm, value_users
 from lightning_qbn.own_forward import takes_batch_norm
 from lightning_qbn.tracing import join
 
+_INSIDE = "it is inside a weight layer, whose own forward() calls it"
 _FORWARD = "; fold_batch_norms_forward can fold it into the layer behind, before quantizers are inserted"
 
 
@@ -50,7 +51,8 @@ def find_pairs(network: nn.Module) -> tuple[dict[str, Pair], dict[str, str]]:
     known = {network.get_submodule(name) for name in (*refused, *(pair.norm for pair in pairs.values()))}
     for name, module in network.named_modules():
         if is_norm(module) and module not in known:
-            refused[name] = "no traced graph reaches it, so what stands before it is not known"
+            inside = isinstance(network.get_submodule(name.rpartition(".")[0]), WeightQuantized)
+            refused[name] = _INSIDE if inside else "no traced graph reaches it, so what stands before it is not known"
     return pairs, refused
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ConfigurationError, DataError, QuantizationError
+from lightning_qbn.side_effects import modes_restored
 
 ForwardFn: TypeAlias = Callable[[Any, Any], Any]
 
@@ -48,19 +49,14 @@ def check_num_batches(num_batches: object, error: type[QuantizationError] = Conf
 @contextmanager
 def quiet(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compiled code (it skips hooks); then everything as it was."""
-    modes = [(module, module.training) for module in network.modules()]
     devices = {t.device.index for t in network.parameters() if t.device.type == "cuda"}
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
         stack.enter_context(torch.no_grad())
-        try:
-            network.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        stack.enter_context(modes_restored(network, False))
+        yield
 
 
 def load(batches: Iterable[Any], num_batches: int, error: type[QuantizationError]) -> Iterator[tuple[int, Any]]:

@@ -36,13 +36,14 @@ class Rewritten(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class and the graphs: the class itself is made at run time."""
         traced = self.traced if isinstance(self, QuantizedNetwork) else None
-        return _new, (self.float_class, self.programs, traced), self.__dict__
+        return _new, (self.float_class, self.programs, traced), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the same class: graphs do not change once they are installed."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = self.__getstate__()  # type: ignore[no-untyped-call]  # not __dict__: that holds compiled code
+        copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         return copied
 
 
@@ -75,6 +76,8 @@ def install(module: nn.Module, train: Program, evaluation: Program, traced: Trac
     }
     if traced is not None:
         namespace["traced"] = Traced(traced.train, traced.eval)
+    if issubclass(float_class, fx.GraphModule):
+        namespace["recompile"] = _keep_forward
     marker = Rewritten if traced is None else QuantizedNetwork
     module.__class__ = type(f"Quantized{float_class.__name__}", (marker, float_class), namespace)
 
@@ -82,6 +85,8 @@ def install(module: nn.Module, train: Program, evaluation: Program, traced: Trac
 def uninstall(module: Rewritten) -> None:
     """Give a module its own class back."""
     module.__class__ = module.float_class  # type: ignore[assignment]
+    if isinstance(module, fx.GraphModule):
+        module.recompile()
 
 
 def _new(float_class: type[nn.Module], programs: tuple[Program, Program], traced: Traced | None) -> nn.Module:
@@ -93,6 +98,10 @@ def _new(float_class: type[nn.Module], programs: tuple[Program, Program], traced
 def _new_float(cls: type[Rewritten], *args: Any, **kwargs: Any) -> nn.Module:
     """What a class makes of itself anew is a float module: a slice of a Sequential has fewer layers than its graph."""
     return cls.float_class(*args, **kwargs)
+
+
+def _keep_forward(self: Rewritten) -> None:
+    """In place of `fx.GraphModule.recompile`, which would give the class the forward of its float graph again."""
 
 
 def _forward(float_class: type[nn.Module], train: Program, evaluation: Program) -> Callable[..., Any]:

@@ -35,6 +35,22 @@ def without_side_effects(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise UnsupportedNetworkError("forward draws random numbers, which a graph would repeat in every pass")
 
 
+@contextmanager
+def modes_restored(network: nn.Module, mode: bool) -> Iterator[None]:
+    """Set the training flag of a network and all modules inside, and put the flags back afterwards.
+
+    The flags themselves, not ``train(mode)``: users override that, and some forget to return the module.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = mode
+        yield
+    finally:
+        for module, flag in modes:
+            module.training = flag
+
+
 def _restore(module: nn.Module, old: dict[str, Any]) -> list[str]:
     now = module.__dict__
     changed = [name for name in {**old, **now} if name not in old or name not in now or now[name] is not old[name]]

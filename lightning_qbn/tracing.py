@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.side_effects import without_side_effects
+from lightning_qbn.side_effects import modes_restored, without_side_effects
 
 
 @dataclass(eq=False)
@@ -151,6 +150,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
             raise UnsupportedNetworkError("forward switches gradients or autocast, which a graph would not repeat")
+        if _is_checkpointed():
+            raise UnsupportedNetworkError("forward computes activations twice to save memory, which a graph would not")
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self.call.path
         node.type = None
@@ -185,6 +186,16 @@ def _noted(value: Any) -> Any:
     return {key: _noted(v) for key, v in value.items()} if type(value) is dict else value
 
 
+def _is_checkpointed() -> bool:
+    """Whether the present call comes through torch.utils.checkpoint, which leaves no trace of itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
@@ -200,12 +211,11 @@ def trace(network: nn.Module) -> Traced:
     if "forward" in network.__dict__:
         raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
     found = _Found()
-    with _modes_restored(network):
+    train = _trace_mode(network, True, found)
+    known = set(found.opaque), set(found.unpacking)
+    evaluation = _trace_mode(network, False, found)
+    if known != (set(found.opaque), found.unpacking):  # the same modules are called as a whole in both
         train = _trace_mode(network, True, found)
-        known = set(found.opaque), set(found.unpacking)
-        evaluation = _trace_mode(network, False, found)
-        if known != (set(found.opaque), found.unpacking):  # the same modules are called as a whole in both
-            train = _trace_mode(network, True, found)
     if train[0].python_code("self").src == evaluation[0].python_code("self").src:
         evaluation = train
     return Traced(train[0], evaluation[0], dict([train, evaluation]), found.opaque)
@@ -225,10 +235,8 @@ def _trace_once(network: nn.Module, mode: bool, found: _Found) -> tuple[fx.Graph
     for name, default in fixed.items():
         if isinstance(default, tuple | list | dict):
             raise UnsupportedNetworkError(f"no trace keeps the default {default!r} of the argument {name!r}")
-    for module in network.modules():
-        module.training = mode  # not train(mode), which users override
     tracer = _Tracer(found)
-    with warnings.catch_warnings(), without_side_effects(network.modules()):
+    with warnings.catch_warnings(), modes_restored(network, mode), without_side_effects(network.modules()):
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
         graph = tracer.trace(network, fixed)
     required = set(inspect.signature(type(network).forward).parameters) - set(fixed)
@@ -246,13 +254,3 @@ def defaults(forward: Any) -> dict[str, Any]:
     """Arguments of a forward that have a default, with it: a whole network is traced with these."""
     parameters = inspect.signature(forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-@contextmanager
-def _modes_restored(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -83,7 +83,8 @@ def deploy(folded: nn.Module) -> nn.Module:
         raise ExportError(
             f"{type(folded).__name__} is not folded. Pass the result of fold_batch_norms(network) instead."
         )
-    deployed = copy.deepcopy(folded).eval()
+    deployed = copy.deepcopy(folded)
+    deployed.eval()
     inputs: dict[str, FakeQuantize] = {}
     for prefix, root in quantized_networks(deployed).items():
         graph, found = _with_requantized_inputs(root)
