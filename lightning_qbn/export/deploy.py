@@ -7,10 +7,11 @@ int32 number of steps of ``input scale * weight scale``, as integer hardware hol
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_qbn.convolution import WeightLayer, apply_weight, channel_view, is_transposed, out_channels
 from lightning_qbn.errors import ExportError
@@ -19,9 +20,10 @@ from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.kinds import kind
 from lightning_qbn.layers import IntegerWeight, check_dims, in_form, weight_layers
-from lightning_qbn.rewriting import Program, QuantizedNetwork, install
-from lightning_qbn.tracing import Traced, join
+from lightning_qbn.rewriting import QuantizedNetwork
+from lightning_qbn.tracing import join
 
+REPEATED = "repeated_quantizer"
 _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that reaches as far as the bias
 
 
@@ -58,10 +60,14 @@ class DeployedWeight(nn.Module):
     weight_axis: int
     constant_channels: list[int]
     input_dims: int | None = None
+    repeated_quantizer: QuantizeDequantize | None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """What the layer computes, from its integers."""
         check_dims(self, input)
+        # Behind a max pool or a flatten the values are on the grid already and rounding them again changes
+        # nothing, but a runtime fuses an integer convolution only where it sees the quantizer.
+        input = input if self.repeated_quantizer is None else self.repeated_quantizer(input)
         layer = cast(WeightLayer, self)
         weight = dequantize(self.weight_integers, self.weight_scale, self.weight_zero_point, self.weight_axis)
         if self.weight_factor is not None:
@@ -85,15 +91,12 @@ def deploy(folded: nn.Module) -> nn.Module:
         )
     deployed = copy.deepcopy(folded)
     deployed.eval()
-    inputs: dict[str, FakeQuantize] = {}
+    sources: dict[str, _Source] = {}
     for prefix, root in quantized_networks(deployed).items():
-        graph, found = _with_requantized_inputs(root)
-        program = Program(graph, root.programs[1].fixed)
-        install(root, program, program, Traced(graph, graph))
-        inputs |= {join(prefix, name): quantizer for name, quantizer in found.items()}
+        sources |= {join(prefix, name): source for name, source in _sources(root).items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
-            _deploy_layer(name, module, inputs.get(name))
+            _deploy_layer(name, module, sources.get(name))
         elif isinstance(module, FakeQuantize):
             owner, _, attribute = name.rpartition(".")
             fixed = QuantizeDequantize(module) if module.is_calibrated else nn.Identity()
@@ -101,38 +104,38 @@ def deploy(folded: nn.Module) -> nn.Module:
     return deployed
 
 
-def _with_requantized_inputs(root: QuantizedNetwork) -> tuple[fx.Graph, dict[str, FakeQuantize]]:
-    """The graph with a quantizer directly before each weight layer, and the quantizer of each layer's input.
+@dataclass(frozen=True)
+class _Source:
+    """The quantizer of a layer's input, and whether it stands directly before the layer."""
 
-    Behind a max pool or a flatten the values are on the grid already and quantizing them again changes
-    nothing, but a runtime fuses an integer convolution only where it sees the quantizer.
-    """
+    quantizer: FakeQuantize
+    direct: bool
+
+
+def _sources(root: QuantizedNetwork) -> dict[str, _Source]:
+    """Weight layers to the quantizer of their input, where there is one: the same for all calls of the layer."""
     modules = dict(root.named_modules())
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(root.traced.eval, {}))
-    found: dict[str, FakeQuantize] = {}
+    found: dict[str, _Source] = {}
     conflicting = set()
-    for node in list(graph.nodes):
+    for node in root.traced.eval.nodes:
         if kind(node, modules) != "weight" or not node.all_input_nodes:
             continue
-        source = node.all_input_nodes[0]
-        while kind(source, modules) == "transparent" and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        quantizer = modules.get(str(source.target)) if source.op == "call_module" else None
+        before = node.all_input_nodes[0]
+        while kind(before, modules) == "transparent" and before.all_input_nodes:
+            before = before.all_input_nodes[0]
+        quantizer = modules.get(str(before.target)) if before.op == "call_module" else None
         if not isinstance(quantizer, FakeQuantize) or not quantizer.is_calibrated:
             conflicting.add(str(node.target))
             continue
-        if source is not node.all_input_nodes[0]:
-            with graph.inserting_before(node):
-                again = graph.call_module(str(source.target), (node.all_input_nodes[0],))
-            node.replace_input_with(node.all_input_nodes[0], again)
-        if not torch.equal(found.setdefault(str(node.target), quantizer).scale, quantizer.scale):
+        source = found.setdefault(str(node.target), _Source(quantizer, before is node.all_input_nodes[0]))
+        if not torch.equal(source.quantizer.scale, quantizer.scale):
             conflicting.add(str(node.target))  # called at places of different scale: no one int32 bias
-    return graph, {name: quantizer for name, quantizer in found.items() if name not in conflicting}
+    return {name: source for name, source in found.items() if name not in conflicting}
 
 
-def _deploy_layer(name: str, layer: IntegerWeight, source: FakeQuantize | None) -> None:
+def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None) -> None:
     plain = cast(WeightLayer, layer)
+    source = None if found is None else found.quantizer
     bias = None if plain.bias is None else plain.bias.detach()
     bias_scale = bias_integers = None
     constant: list[int] = []
@@ -157,6 +160,8 @@ def _deploy_layer(name: str, layer: IntegerWeight, source: FakeQuantize | None) 
     layer.register_buffer("bias_scale", bias_scale)
     layer.register_buffer("bias_integers", bias_integers)
     layer.__dict__["constant_channels"] = constant
+    again = found is not None and not found.direct
+    layer.add_module(REPEATED, QuantizeDequantize(source) if again and source is not None else None)
     layer.__class__ = in_form(DeployedWeight, layer.float_class)
 
 

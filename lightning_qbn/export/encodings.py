@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError
-from lightning_qbn.export.deploy import DeployedWeight, QuantizeDequantize, deploy
+from lightning_qbn.export.deploy import REPEATED, DeployedWeight, QuantizeDequantize, deploy
 from lightning_qbn.export.naming import tensor_name
 from lightning_qbn.files import write_text
 from lightning_qbn.insertion import quantized_networks
@@ -57,13 +57,20 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
 
 
 def _not_called(deployed: nn.Module) -> set[str]:
-    """Modules of traced networks that inference does not call, such as a head that only trains."""
-    idle: set[str] = set()
+    """Modules that inference does not call, such as a head that only trains, and quantizers that repeat another."""
+    idle = {name for name, _ in deployed.named_modules() if name.endswith(f".{REPEATED}")}
     for prefix, root in quantized_networks(deployed).items():
-        called = {str(node.target) for node in root.traced.eval.nodes if node.op == "call_module"}
-        inside = {name for name, _ in root.named_modules()} - called
-        idle |= {join(prefix, name) for name in inside}
+        called = _called(root.traced.eval)
+        trained = _called(root.traced.train) - called
+        quantizers = {name for name, module in root.named_modules() if isinstance(module, QuantizeDequantize)}
+        # Modules that are called as a whole may call what is inside them.
+        inside = {name for name in quantizers if any(name.startswith(f"{target}.") for target in called)}
+        idle |= {join(prefix, name) for name in trained | (quantizers - called - inside)}
     return idle
+
+
+def _called(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _activation(name: str, module: QuantizeDequantize) -> dict[str, Any]:

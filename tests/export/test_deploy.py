@@ -16,6 +16,7 @@ from lightning_qbn import (
     FakeQuantize,
     QuantizationConfig,
     calibrate_quantizers,
+    export_encodings,
     fold_batch_norms,
     insert_quantizers,
     integer_weights,
@@ -114,7 +115,7 @@ def test_quantizer_stands_directly_before_each_layer():
     assert [name for name, kind in seen if kind == "QuantizeDequantize"] == [
         "0.input_quantizer",
         "2.output_quantizer",
-        "2.output_quantizer",
+        "5.repeated_quantizer",
         "5.output_quantizer",
     ]
     for position, (name, _) in enumerate(seen):
@@ -222,3 +223,33 @@ def test_quantizers_that_were_never_reached_are_left_out():
     assert float((deployed(x) - folded(x)).detach().abs().max()) <= 1.01 * float(
         folded.head.output_quantizer.scale.detach()
     )
+
+
+def test_hooks_that_change_values_are_deployed():
+    network, x = small(), images()
+    folded = fold(nn.Sequential(network, nn.Identity()), x, activation_bits=None)
+    plain = deploy(folded)(x)
+    folded[0].register_forward_hook(lambda module, args, out: 2 * out)
+    assert torch.equal(deploy(folded)(x), 2 * plain)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+
+    def forward(self, x):
+        return self.part(x) if x.sum() > -1e9 else x
+
+
+def test_parts_of_a_module_that_cannot_be_traced_are_deployed(tmp_path):
+    network, x = nn.Sequential(nn.Conv2d(2, 2, 3), Branching(), nn.ReLU(), nn.Conv2d(2, 3, 1)), images()
+    folded = fold(network, x)
+    deployed = deploy(folded)
+    assert isinstance(deployed.get_submodule("1.part.0"), DeployedWeight)
+    assert isinstance(deployed.get_submodule("1.part.2.output_quantizer"), QuantizeDequantize)
+    step = float(deployed.get_submodule("3.output_quantizer").scale)
+    with torch.no_grad():
+        assert float((deployed(x) - folded(x)).abs().max()) <= 1.01 * step
+    names = {entry["name"] for entry in export_encodings(folded, tmp_path / "e.json")["encodings"]}
+    assert {"1.part.0.weight", "1.part.2"} <= names
