@@ -118,6 +118,16 @@ def quantized_networks(module: nn.Module) -> dict[str, QuantizedNetwork]:
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantizedNetwork)}
 
 
+def outermost_networks(module: nn.Module) -> dict[str, QuantizedNetwork]:
+    """The traced networks that are not inside another one."""
+    found = quantized_networks(module)
+    return {name: n for name, n in found.items() if not any(_is_inside(name, other) for other in found)}
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
 def _carry_out(network: nn.Module, config: QuantizationConfig, plan: Plan) -> InsertionReport:
     weights: dict[str, int] = {}
     activations: dict[str, int] = {}

@@ -18,6 +18,7 @@ from lightning_qbn import (
     remove_quantizers,
 )
 from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.insertion import outermost_networks
 
 CONFIG = QuantizationConfig(weight_bits=4, activation_bits=4)
 
@@ -251,6 +252,7 @@ def test_parts_of_a_module_that_cannot_be_traced_are_networks_of_their_own():
     network = Outer(Stages())
     report = insert_quantizers(network, CONFIG)
     assert report.networks == ("", "block.parts.0", "block.parts.1")
+    assert list(outermost_networks(network)) == [""]
     assert "block.parts.1.1.output_quantizer" in report.activations
     x = images()
     calibrate_quantizers(network.eval(), [x])

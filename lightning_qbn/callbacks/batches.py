@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_qbn.errors import DataError
-from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
 
 TargetFn: TypeAlias = Callable[[Any], Tensor]
@@ -99,7 +99,7 @@ def forward_of(module: LightningModule, forward_fn: ForwardFn | None) -> Forward
     """The user's function, or one that calls the module, or its only network where it has no forward."""
     if forward_fn is not None:
         return forward_fn
-    networks = quantized_networks(module)
+    networks = outermost_networks(module)
     if type(module).forward is LightningModule.forward and len(networks) == 1:
         (name,) = networks
         return lambda owner, batch: default_forward(owner.get_submodule(name), batch)

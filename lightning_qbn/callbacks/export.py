@@ -20,7 +20,7 @@ from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
 from lightning_qbn.export.program import export_program
 from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
-from lightning_qbn.insertion import quantized_networks
+from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, quiet
 
@@ -84,7 +84,7 @@ class QuantizedExport(Callback):
                 "callbacks, or call insert_quantizers(module, config) before fit."
             )
         self.folded, self.folding, self.report, self.files = None, None, None, {}
-        networks = quantized_networks(pl_module)
+        networks = outermost_networks(pl_module)
         self.network = next(iter(networks)) if len(networks) == 1 else ""
         if any(not name.startswith(f"{self.network}.") for name in weight_layers(pl_module)):
             self.network = ""  # other layers belong to what was trained: all of it is exported
