@@ -70,6 +70,8 @@ def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]
         if path not in several:
             with suppress(_IndivisibleError):
                 regions[path] = [_Builder(c, modules, alive[g], regions, holders).build() for g, c in by_path[path]]
+    if "" not in regions:  # something passes between modules past their arguments and results: run all of it here
+        regions[""] = [_Builder(c, modules, alive[g], {}, holders).build() for g, c in by_path[""]]
     return regions
 
 

@@ -156,6 +156,28 @@ def test_lists_that_the_caller_passes():
         network.block([x], ["two"])
 
 
+class Collecting(Block):
+    def forward(self, x, collected):
+        collected.append(super().forward(x))
+        return x * 2
+
+
+def test_results_that_are_left_in_a_list():
+    class Collector(Outer):
+        def forward(self, x):
+            collected = []
+            y = self.block(self.stage(x), collected)
+            return self.head(y + collected[0])
+
+    network, x = Collector(Collecting()).eval(), images()
+    before = network(x)
+    report = insert_quantizers(network, CONFIG)
+    assert torch.equal(network(x), before)
+    calibrate_quantizers(network, [x])
+    assert report.networks == ("",)
+    assert len(network(x).unique()) <= 16
+
+
 class Pair(Block):
     def forward(self, x, *rest, other=None, **more):
         y = super().forward(x)
