@@ -19,8 +19,9 @@ from lightning_qbn.layers import (
     weight_layers,
 )
 from lightning_qbn.planning import Plan, make_plan
+from lightning_qbn.programs import Program
 from lightning_qbn.regions import divide
-from lightning_qbn.rewriting import Program, QuantizedNetwork, Rewritten, install, uninstall
+from lightning_qbn.rewriting import QuantizedNetwork, Rewritten, install, uninstall
 from lightning_qbn.tracing import Traced, join
 
 

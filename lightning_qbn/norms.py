@@ -11,7 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from lightning_qbn.operations import BatchNorm, value_users
-from lightning_qbn.rewriting import Program, install
+from lightning_qbn.programs import Program
+from lightning_qbn.rewriting import install
 from lightning_qbn.side_effects import modes_restored
 
 _PLAIN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -12,7 +12,8 @@ from lightning_qbn.graph import Site, quantization_sites
 from lightning_qbn.kinds import kind
 from lightning_qbn.layers import why_not_quantizable
 from lightning_qbn.operations import name_of, value_users
-from lightning_qbn.tracing import Traced, has_weights, is_whole, join, trace, why_untraceable
+from lightning_qbn.tracer import has_weights, is_whole, why_untraceable
+from lightning_qbn.tracing import Traced, join, trace
 
 # A forward of these names is that of a container or of a LightningModule that has none of its own.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,11 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from lightning_qbn.tracing import Call, Traced, defaults
+from lightning_qbn.tracer import Call, Made
+from lightning_qbn.tracing import Traced
 
 _CONSTANTS = (bool, int, float, str, torch.dtype, torch.device, torch.memory_format, type(None))
+_CONTAINERS = (tuple, list, dict, Made)
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -111,12 +113,13 @@ class _Builder:
         if self._call.path:
             self._take_arguments()
         else:
-            self._region.fixed = defaults(self._forward)
+            self._region.fixed = dict(self._call.kwargs)
         self._run(self._call.items)
         if self._call.path:
-            graph.output(map_arg(_checked(self._call.output), self._known))
+            graph.output(self._value(self._call.output))
+        kept = set(self._region.copies.values())
         for node in reversed(list(graph.nodes)):
-            if node.target is operator.getitem and not node.users and node not in self._region.copies.values():
+            if node.target in (operator.getitem, getattr) and not node.users and node not in kept:
                 graph.erase_node(node)
         return self._region
 
@@ -137,11 +140,11 @@ class _Builder:
             if value in self._copy:
                 raise _IndivisibleError
             self._copy[value] = node
-        elif isinstance(value, tuple | list | dict):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                self._take(part, self._region.graph.call_function(operator.getitem, (node, key)))
-        else:
+        elif not isinstance(value, _CONTAINERS):
             raise _IndivisibleError
+        else:
+            for access, key, part in _parts(value):
+                self._take(part, self._region.graph.call_function(access, (node, key)))
 
     def _run(self, items: list[fx.Node | Call]) -> None:
         for item in items:
@@ -154,16 +157,28 @@ class _Builder:
 
     def _run_module(self, call: Call) -> None:
         name = self._name_of(call.path)
-        args, kwargs = (map_arg(_checked(value), self._known) for value in (call.args, call.kwargs))
+        args, kwargs = self._value(call.args), self._value(call.kwargs)
         self._give(call.output, self._region.graph.call_module(name, args, kwargs))
 
     def _give(self, value: Any, node: fx.Node) -> None:
         """Know the nodes of a result, if they are not known already, as an argument that is passed on."""
         if isinstance(value, fx.Node):
             self._copy.setdefault(value, node)
-        elif isinstance(value, tuple | list | dict):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                self._give(part, self._region.graph.call_function(operator.getitem, (node, key)))
+        else:
+            for access, key, part in _parts(value):
+                self._give(part, self._region.graph.call_function(access, (node, key)))
+
+    def _value(self, value: Any) -> Any:
+        """An argument or a result as this graph writes it."""
+        if isinstance(value, fx.Node):
+            return self._known(value)
+        if isinstance(value, Made):
+            return self._region.graph.call_function(value.kind, *value.arguments(self._value))
+        if isinstance(value, tuple | list):
+            return type(value)(self._value(part) for part in value)
+        if isinstance(value, dict):
+            return {key: self._value(part) for key, part in value.items()}
+        return _checked(value)
 
     def _run_node(self, node: fx.Node) -> None:
         if node in self._holders and self._holders[node] not in self._region.names:
@@ -190,17 +205,26 @@ class _Builder:
         return self._region.names[module]
 
 
+def _parts(value: Any) -> list[tuple[Callable[..., Any], Any, Any]]:
+    """How to get each part of a container, and the part; nothing for other values."""
+    if isinstance(value, Made):
+        access = operator.getitem if value.kind is OrderedDict else getattr
+        return [(access, name, part) for name, part in value.parts.items()]
+    if not isinstance(value, tuple | list | dict):
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(operator.getitem, key, part) for key, part in items]
+
+
 def _holds_nodes(value: Any) -> bool:
-    if isinstance(value, tuple | list | dict):
-        return any(_holds_nodes(part) for part in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, fx.Node)
+    return isinstance(value, fx.Node) or any(_holds_nodes(part) for _, _, part in _parts(value))
 
 
 def _checked(value: Any) -> Any:
-    """The value itself if a graph can hold it."""
+    """A constant itself if a graph can hold it."""
     if type(value) in (tuple, list, dict):
-        for part in value.values() if isinstance(value, dict) else value:
+        for _, _, part in _parts(value):
             _checked(part)
-    elif not isinstance(value, (fx.Node, *_CONSTANTS)):
+    elif not isinstance(value, _CONSTANTS):
         raise _IndivisibleError
     return value

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from lightning_qbn.errors import UnsupportedNetworkError
+from lightning_qbn.programs import Program, forward_of
 from lightning_qbn.tracing import Traced
-
-
-@dataclass(frozen=True)
-class Program:
-    """What a module runs: a graph, and the arguments that the graph does not take.
-
-    Args:
-        graph: names modules and tensors by their path below the module.
-        fixed: arguments of forward to the value that the graph holds for them.
-    """
-
-    graph: fx.Graph
-    fixed: dict[str, Any] = field(default_factory=dict)
 
 
 class Rewritten(nn.Module):
@@ -67,7 +51,7 @@ def install(module: nn.Module, train: Program, evaluation: Program, traced: Trac
     """
     float_class = module.float_class if isinstance(module, Rewritten) else type(module)
     namespace = {
-        "forward": _forward(float_class, train, evaluation),
+        "forward": forward_of(float_class, train, evaluation),
         "float_class": float_class,
         "programs": (train, evaluation),
         "__new__": _new_float,
@@ -102,61 +86,3 @@ def _new_float(cls: type[Rewritten], *args: Any, **kwargs: Any) -> nn.Module:
 
 def _keep_forward(self: Rewritten) -> None:
     """In place of `fx.GraphModule.recompile`, which would give the class the forward of its float graph again."""
-
-
-def _forward(float_class: type[nn.Module], train: Program, evaluation: Program) -> Callable[..., Any]:
-    """A function with the signature of the class's own forward that runs the graph of the present mode."""
-    signature = inspect.signature(float_class.forward)
-    owner, *parameters = signature.parameters.values()
-    scope: dict[str, Any] = {"_qbn_check": _check_fixed}
-    plain = [owner.replace(annotation=inspect.Parameter.empty)]
-    for parameter in parameters:
-        default = parameter.default
-        if default is not inspect.Parameter.empty:
-            scope[f"_qbn_default_{parameter.name}"] = default
-            default = _Name(f"_qbn_default_{parameter.name}")
-        plain.append(parameter.replace(annotation=inspect.Parameter.empty, default=default))
-    bodies, by_name = {}, {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for mode, program in {"train": train, "eval": evaluation}.items():
-        scope[f"_qbn_{mode}"] = _function(program.graph)
-        lines = []
-        for name, value in program.fixed.items():
-            scope[f"_qbn_{mode}_{name}"] = value
-            lines.append(f"_qbn_check({float_class.__name__!r}, {name!r}, {name}, _qbn_{mode}_{name})\n")
-        names = [str(node.target) for node in program.graph.nodes if node.op == "placeholder"]
-        taken = [f"{name}={name}" if name in by_name else name for name in names]
-        bodies[mode] = [*lines, f"return _qbn_{mode}({', '.join([owner.name, *taken])})\n"]
-    code = [f"def forward{inspect.Signature(plain)}:\n"]
-    if train is not evaluation:
-        code += [f"    if {owner.name}.training:\n", *(f"        {line}" for line in bodies["train"])]
-    exec("".join([*code, *(f"    {line}" for line in bodies["eval"])]), scope)
-    forward: Callable[..., Any] = scope["forward"]
-    return forward
-
-
-class _Name:
-    """Stands in a signature for a default value that is looked up by name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(code.src, scope)
-    function: Callable[..., Any] = scope["forward"]
-    return function
-
-
-def _check_fixed(owner: str, name: str, value: Any, fixed: Any) -> None:
-    """The graph was traced with one value; any other would be ignored without a word."""
-    plain = type(value) is type(fixed) and isinstance(fixed, (bool, int, float, str, tuple, list, dict))
-    if not (value is fixed or (plain and value == fixed)):
-        raise UnsupportedNetworkError(
-            f"forward of {owner} was traced for quantization with {name}={fixed!r} and got another value. "
-            f"Call it with that value, or wrap the network in a module that fixes it before inserting quantizers."
-        )

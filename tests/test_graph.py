@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_qbn import QuantizationConfig, UnsupportedNetworkError, calibrate_quantizers, insert_quantizers
+from lightning_qbn import (
+    QuantizationConfig,
+    QuantizationWarning,
+    UnsupportedNetworkError,
+    calibrate_quantizers,
+    insert_quantizers,
+)
 from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.graph import quantization_sites
 from lightning_qbn.tracing import trace
@@ -155,13 +161,20 @@ def _fail():
     raise RuntimeError("on purpose")
 
 
-def test_mutable_default_cannot_be_traced():
+def test_containers_as_defaults():
     class Defaults(Function):
-        def forward(self, x, sizes=(1, 2)):
-            return self.conv(x)
+        def forward(self, x, sizes=(1, 2), names=["a"], **more):  # noqa: B006
+            return self.conv(x) * sizes[1] + len(names) + len(more)
 
-    with pytest.raises(UnsupportedNetworkError, match="sizes"):
-        trace(Defaults(None))
+    network, x = Defaults(None).eval(), torch.randn(2, 3, 4, 4)
+    expected = network(x)
+    assert insert_quantizers(network, QuantizationConfig()).networks == ("",)
+    assert torch.equal(network(x, sizes=(1, 2)), expected)
+    for wrong in ({"sizes": (1, 3)}, {"names": ["b"]}):
+        with pytest.raises(UnsupportedNetworkError, match="got another value"):
+            network(x, **wrong)
+    with pytest.warns(QuantizationWarning, match="got more"):
+        assert torch.equal(network(x, other=1), expected + 1)
 
 
 def test_slices_of_the_input_share_one_quantizer():

@@ -273,7 +273,42 @@ def test_default_arguments_work(kwargs):
     assert torch.equal(network(x, **kwargs), expected)
 
 
-@pytest.mark.parametrize("kwargs", [{"scale": 3.0}, {"mask": torch.ones(4, 3)}, {"name": "other"}, {"scale": 2}])
+def test_optional_input_that_the_graph_leaves_out():
+    network, x, mask = Optional().eval(), images(), torch.rand(4, 3)
+    expected = network(x, mask=mask)
+    insert_quantizers(network, QuantizationConfig(activation_bits=None))
+    calibrate_quantizers(network, [x])
+    for module in network.modules():
+        if hasattr(module, "weight_quantizer"):
+            module.weight_quantizer.enabled = False
+    with pytest.warns(QuantizationWarning, match="Optional got mask, and was traced"):
+        assert torch.equal(network(x, mask=mask), expected)
+    with pytest.warns(QuantizationWarning, match="Optional got mask, and was traced"):
+        assert torch.equal(network(x, 2.0, mask), expected)
+
+
+class NothingRequired(Small):
+    def forward(self, images=None, labels=None, *, scale=1):
+        if images is None:
+            raise ValueError("images are missing")
+        logits = super().forward(images)
+        return logits if labels is None else F.cross_entropy(logits, labels)
+
+
+def test_network_all_of_whose_arguments_have_a_default():
+    network, x = NothingRequired().eval(), images()
+    expected = network(x)
+    report = insert_quantizers(network, CONFIG)
+    assert report.networks == ("",)
+    assert torch.equal(network(x), expected)
+    assert torch.equal(network(images=x), expected)
+    calibrate_quantizers(network, [x])
+    assert not torch.equal(network(x), expected)
+    with pytest.warns(QuantizationWarning, match="labels"):
+        assert network(x, labels=torch.tensor([0, 1, 2, 0])).shape == ()
+
+
+@pytest.mark.parametrize("kwargs", [{"scale": 3.0}, {"name": "other"}, {"scale": 2}])
 def test_another_value_of_a_default_argument_is_a_clear_error(kwargs):
     network, x = Optional().eval(), images()
     insert_quantizers(network, CONFIG)

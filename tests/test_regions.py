@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -367,3 +370,50 @@ def test_results_of_a_module_without_weights_are_unpacked(inside):
     assert torch.equal(network(x), before)
     assert not report.left_in_float
     assert report.networks == ("",)
+
+
+@dataclasses.dataclass
+class Output(OrderedDict):
+    """As a library of models returns it: a dict and a dataclass."""
+
+    logits: Tensor
+    features: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self):
+        self.update(logits=self.logits, features=self.features)
+
+
+class Named(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Returning(Block):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.kind == "dataclass":
+            return Output(logits=y, features=(y, x))
+        return OrderedDict(logits=y, features=x) if self.kind == "ordered" else Named(y, x)
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "ordered", "named tuple"])
+def test_results_in_containers_of_a_class(kind):
+    calls = {
+        "dataclass": lambda block, x: block(x).logits + block.conv.bias.shape[0],
+        "ordered": lambda block, x: block(x)["logits"],
+        "named tuple": lambda block, x: block(x).first,
+    }
+    network, x = Outer(Returning(kind), calls[kind]).eval(), images()
+    before, seen = network(x), []
+    network.block.register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    expected = type(network.block(x))
+    insert_quantizers(network, CONFIG)
+    assert torch.equal(network(x), before)
+    assert seen == [expected, expected]
+    alone = Returning(kind).eval()
+    insert_quantizers(alone, CONFIG)
+    assert type(alone(x)) is expected
