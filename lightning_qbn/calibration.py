@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.calls import watching_calls
 from lightning_qbn.convolution import WeightLayer, channel_view
 from lightning_qbn.errors import CalibrationError, QuantizationWarning, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
@@ -117,8 +118,8 @@ def _observe(
 
     try:
         handles += [q.register_forward_pre_hook(hook(name)) for name, q in activations.items()]
-        handles += [layer.register_forward_pre_hook(_note_dims) for layer in layers]
-        with quiet(network):
+        handles += [layer.register_forward_pre_hook(_note_dims, with_kwargs=True) for layer in layers]
+        with quiet(network), watching_calls(network):
             for index, batch in load(batches, num_batches, CalibrationError):
                 forward(network, batch, index, forward_fn, CalibrationError)
     finally:
@@ -127,9 +128,9 @@ def _observe(
     return index + 1, seen
 
 
-def _note_dims(layer: nn.Module, args: tuple[Any, ...]) -> None:
+def _note_dims(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # A batch-norm after a linear layer on sequences normalises another axis than the layer's output channels.
-    layer.__dict__["seen_dims"] = args[0].dim()
+    layer.__dict__["seen_dims"] = (args[0] if args else kwargs["input"]).dim()
 
 
 def _sample(name: str, x: Tensor, batch: int) -> Tensor:
@@ -145,7 +146,7 @@ def _sample(name: str, x: Tensor, batch: int) -> Tensor:
 def _thin(rows: Tensor, limit: int, seed: int = 0) -> Tensor:
     """At most ``limit`` values of each row, drawn at random, and its extremes."""
     if rows.shape[1] <= limit:
-        return rows
+        return rows.clone()  # an operation in place may change the values that pass here
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randint(rows.shape[1], (limit,), generator=generator).to(rows.device)
     return torch.cat([rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), rows[:, columns]], dim=1)

@@ -142,11 +142,11 @@ def _hooked(
     last: list[nn.Module] = []
     handles = []
 
-    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             layer: Any = last[-1] if last else None
             statistics[name].depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
-            collect(name, args[0])
+            collect(name, args[0] if args else kwargs["input"])
 
         return hook
 
@@ -155,7 +155,7 @@ def _hooked(
 
     try:
         for name, entry in statistics.items():
-            handles.append(entry.module.register_forward_pre_hook(before(name)))
+            handles.append(entry.module.register_forward_pre_hook(before(name), with_kwargs=True))
         layers = [module for module in network.modules() if isinstance(module, WEIGHT_LAYERS)]
         handles += [layer.register_forward_pre_hook(remember) for layer in layers]
         yield

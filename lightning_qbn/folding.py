@@ -75,18 +75,22 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
             frozen[name] = _freeze(layer, network.get_submodule(pair.norm) if pair else None)
         except FoldingError as error:
             raise FoldingError(f"{name} cannot be folded: {error}") from error
-    folded = copy.deepcopy(network)
+    folded = copy_of(network)
     folded.eval()  # in a line of its own: a train() of somebody else may return nothing
     for name, result in frozen.items():
         freeze_integers(folded.get_submodule(name), result.integers, result.scale, result.bias)
     for name, pair in pairs.items():
         remove_normalisation(folded.get_submodule(pair.norm))
-        taken = folded.get_submodule(name)
-        if isinstance(taken, nn.Linear) and pair.axis == 1:
-            taken.__dict__["input_dims"] = 2
+        folded.get_submodule(name).__dict__["input_dims"] = pair.dims
     flipped = {name: result.flipped for name, result in frozen.items() if result.flipped}
     folded.__dict__["report"] = FoldingReport({pair.norm: name for name, pair in pairs.items()}, refused, flipped)
     return folded
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A deep copy, also of a network in which hooks keep tensors with a gradient, as those of pruning do."""
+    tensors = [value for m in network.modules() for value in m.__dict__.values() if isinstance(value, Tensor)]
+    return copy.deepcopy(network, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
 
 
 def _check(network: nn.Module) -> dict[str, WeightQuantized]:

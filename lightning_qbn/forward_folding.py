@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from lightning_qbn.convolution import WEIGHT_LAYERS, WeightLayer, is_transposed, out_channels
 from lightning_qbn.errors import FoldingError, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import quantizers
-from lightning_qbn.folding import FoldingReport
+from lightning_qbn.folding import FoldingReport, copy_of
 from lightning_qbn.layers import why_not_quantizable
 from lightning_qbn.norms import affine, is_plain, remove_normalisation, why_not_removable
-from lightning_qbn.operations import is_norm, name_of, value_users
+from lightning_qbn.operations import hooks_of, is_norm, name_of, runs, value_users
 from lightning_qbn.planning import make_plan
 from lightning_qbn.tracing import join
 
@@ -50,7 +50,7 @@ def fold_batch_norms_forward(network: nn.Module) -> nn.Module:
             f"fold_batch_norms_forward before insert_quantizers."
         )
     folded, refused = _find(network)
-    copied = copy.deepcopy(network)
+    copied = copy_of(network)
     for norm, layer in folded.items():
         _fold(norm, copied.get_submodule(norm), cast(WeightLayer, copied.get_submodule(layer)))
     for norm in folded:
@@ -63,9 +63,12 @@ def _find(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """Batch-norms to the layer behind them that can take them in; and others before a layer to the reason."""
     folded: dict[str, str] = {}
     refused: dict[str, str] = {}
-    parameters = [p for module in network.modules() for p in module.parameters(recurse=False)]
-    for prefix, traced in make_plan(network).traced.items():
-        root = network.get_submodule(prefix)
+    owned = Counter(p for module in network.modules() for p in module.parameters(recurse=False))
+    plan = make_plan(network)
+    roots = {prefix: network.get_submodule(prefix) for prefix in plan.traced}
+    names = Counter(module for _, module in network.named_modules(remove_duplicate=False))
+    for prefix, traced in plan.traced.items():
+        root = roots[prefix]
         for graph in traced.graphs:
             for node in graph.nodes:
                 if node.op != "call_module" or not is_norm(root.get_submodule(str(node.target))):
@@ -75,8 +78,10 @@ def _find(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
                     continue
                 norm, layer = join(prefix, str(node.target)), join(prefix, str(user.target))
                 reason = _why_not(node, user, root, graph)
-                if sum(p is network.get_submodule(layer).weight for p in parameters) > 1:
-                    reason = f"the weight of {layer} is shared"
+                for name in (norm, layer):
+                    module = network.get_submodule(name)
+                    if names[module] > 1 or any(owned[p] > 1 for p in module.parameters(recurse=False)):
+                        reason = f"{name} or a parameter of it is shared"
                 if reason or folded.get(norm, layer) != layer:
                     refused[norm] = reason or "training and evaluation call it before different layers"
                 else:
@@ -96,8 +101,8 @@ def _layer_behind(norm: fx.Node, root: nn.Module) -> fx.Node | None:
 
 def _flattens(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+        module: Any = root.get_submodule(str(node.target))
+        return runs(module, (nn.Flatten,)) and (module.start_dim, module.end_dim) == (1, -1)
     places: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     ends = (places.get(1, places.get("start_dim", 0)), places.get(2, places.get("end_dim", -1)))
     return name_of(node) == "flatten" and ends == (1, -1)
@@ -117,7 +122,9 @@ def _why_not(norm: fx.Node, layer: fx.Node, root: nn.Module, graph: fx.Graph) ->
     reason = why_not_removable(before) or why_not_quantizable(behind)
     if reason or not is_plain(before):
         return reason or "its own forward() does more than normalise"
-    if not isinstance(behind.weight, nn.Parameter):
+    if hooks_of(before, before=False) or hooks_of(before, before=True) or hooks_of(behind, before=True):
+        return f"hooks run between it and {layer.target}, and would see other values, or make the weight of the layer"
+    if any(p is not None and not isinstance(p, nn.Parameter) for p in (behind.weight, behind.bias)):
         return f"the weight of {layer.target} is computed from others"
     if isinstance(behind, nn.Linear) and layer.all_input_nodes == [norm]:
         return f"{layer.target} is linear: on inputs of more than two dimensions its features are another axis"

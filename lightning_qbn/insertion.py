@@ -104,6 +104,7 @@ def remove_quantizers(network: nn.Module) -> None:
             f"has its float weights."
         )
     for module in list(network.modules()):
+        module.__dict__.pop("called_outside", None)
         if isinstance(module, WeightQuantized):
             restore_weight(module)
         if isinstance(module, Rewritten):

@@ -8,10 +8,13 @@ from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
-from lightning_qbn.operations import KIND_OF_MODULE, KIND_OF_NAME, MOVED_ATTRIBUTES, Kind, is_norm, name_of
+from lightning_qbn.convolution import WEIGHT_LAYERS
+from lightning_qbn.operations import KIND_OF_MODULE, KIND_OF_NAME, MOVED_ATTRIBUTES, Kind, is_norm, name_of, runs
 from lightning_qbn.side_effects import modes_restored
 
 _KIND_OF_OP: dict[str, Kind] = {"placeholder": "input", "output": "output", "get_attr": "constant"}
+_UPSAMPLING = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+_PADDING = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 # With a constant, these make one value of one value, as an activation does.
 _ELEMENTWISE = {
     *("add", "add_", "iadd", "sub", "sub_", "isub", "rsub", "mul", "mul_", "imul", "div", "div_", "truediv"),
@@ -50,11 +53,13 @@ def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
 def _kind_of_module(module: nn.Module) -> Kind:
     if is_norm(module):
         return "norm"
-    if isinstance(module, nn.Upsample | nn.UpsamplingNearest2d | nn.UpsamplingBilinear2d):
+    if isinstance(module, _UPSAMPLING) and runs(module, (nn.Upsample,)):
         return "transparent" if module.mode.startswith("nearest") else "arithmetic"
-    if isinstance(module, nn.ConstantPad1d | nn.ConstantPad2d | nn.ConstantPad3d):
+    if isinstance(module, _PADDING) and runs(module, _PADDING):
         return "arithmetic" if module.value else "transparent"
-    found = next((result for kinds, result in KIND_OF_MODULE.items() if isinstance(module, kinds)), None)
+    if isinstance(module, WEIGHT_LAYERS):
+        return "weight"
+    found = next((result for kinds, result in KIND_OF_MODULE.items() if runs(module, kinds)), None)
     if found is None:
         if module not in _known:
             _known[module] = _kind_by_trace(module)

@@ -98,9 +98,10 @@ def check_dims(layer: Any, input: Tensor) -> None:
     """Raise for an input on which the batch-norm that the layer took in would have normalised another axis."""
     if layer.input_dims is not None and input.dim() != layer.input_dims:
         raise FoldingError(
-            f"A linear layer took in the batch-norm behind it, which is right for inputs of shape (batch, features), "
-            f"and got one of shape {tuple(input.shape)}, whose axis 1 the batch-norm would have normalised. "
-            f"Calibrate the network on such inputs before folding it: the batch-norm then stays a layer."
+            f"A {layer.float_class.__name__} took in the batch-norm behind it, which is right for inputs of "
+            f"{layer.input_dims} dimensions, and got one of shape {tuple(input.shape)}, of which the batch-norm would "
+            f"have normalised another axis. Calibrate the network on such inputs before folding it: the batch-norm "
+            f"then stays a layer."
         )
 
 
@@ -183,8 +184,8 @@ def freeze_integers(layer: nn.Module, integers: Tensor, scale: Tensor, bias: Ten
         # Not remove_parametrizations: it changes the class, which the network that was copied still has.
         layer.__class__ = parametrize.type_before_parametrizations(layer)
         del layer.parametrizations
-    elif prune.is_pruned(layer):
-        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+    for name in [name for name in ("weight", "bias") if hasattr(layer, f"{name}_mask")]:
+        prune.remove(layer, name)  # type: ignore[no-untyped-call]
     if hasattr(layer, "weight"):
         del layer.weight
     layer.__dict__.pop("bias", None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 from lightning_qbn.operations import BatchNorm, value_users
 from lightning_qbn.programs import Program
@@ -83,6 +84,8 @@ def remove_normalisation(norm: nn.Module) -> None:
     One with a forward of its own keeps what that does beside the normalisation.
     """
     graph = None if is_plain(norm) else _remainder(norm)
+    for name in [name for name in ("weight", "bias") if hasattr(norm, f"{name}_mask")]:
+        prune.remove(norm, name)  # type: ignore[no-untyped-call]
     tensors = [name for name, _ in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))]
     for name in tensors:
         delattr(norm, name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, fx, nn
 
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.fake_quantize import FakeQuantize
 
 BatchNorm = _BatchNorm
@@ -122,6 +121,16 @@ def is_norm(module: nn.Module) -> bool:
     return alone and len(shapes) == 1 and len(shapes.pop() or ()) == 1
 
 
+def runs(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is one of these and runs their forward, not one of its own."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def hooks_of(module: nn.Module, before: bool) -> list[Any]:
+    """The hooks that run before a module's forward, or after it: torch has no public name for them."""
+    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
+
+
 def name_of(node: fx.Node) -> str:
     """Short name of the operation: ``add``, ``relu``, ``adaptive_avg_pool2d``, or the module's name."""
     if callable(node.target):
@@ -130,7 +139,6 @@ def name_of(node: fx.Node) -> str:
 
 
 KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {
-    WEIGHT_LAYERS: "weight",
     (FakeQuantize,): "quantizer",
     _CLAMP_MODULES: "clamp",
     _CURVE_MODULES: "curve",

@@ -2,99 +2,120 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lightning_qbn.channels import fits, leads_only_to, source_of
+from lightning_qbn.channels import dims_for, fits, leads_only_to, source_of
 from lightning_qbn.convolution import OwnForward
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.kinds import kind
 from lightning_qbn.layers import WeightQuantized
 from lightning_qbn.norms import why_not_removable
-from lightning_qbn.operations import is_norm, value_users
+from lightning_qbn.operations import hooks_of, is_norm, value_users
 from lightning_qbn.own_forward import takes_batch_norm
-from lightning_qbn.tracing import join
+from lightning_qbn.rewriting import Rewritten
 
-_INSIDE = "it is inside a weight layer, whose own forward() calls it"
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 _FORWARD = "; fold_batch_norms_forward can fold it into the layer behind, before quantizers are inserted"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A batch-norm that a weight layer takes in, and the axis of the layer's output that it normalises."""
+    """A batch-norm that a weight layer takes in, and the dimensions of the inputs for which it can; None: of all."""
 
     norm: str
-    axis: int
+    dims: int | None
 
 
 def find_pairs(network: nn.Module) -> tuple[dict[str, Pair], dict[str, str]]:
-    """Weight layer to the batch-norm it takes in; and every other batch-norm to the reason why it stays."""
+    """Weight layer to the batch-norm it takes in; and every other batch-norm to the reason why it stays.
+
+    Names are the first under which the network knows a module: it may have several, in several graphs.
+    """
+    known = _Known(network)
     pairs: dict[str, Pair] = {}
     refused: dict[str, str] = {}
-    for prefix, root in quantized_networks(network).items():
-        modules = dict(root.named_modules())
-        calls = _calls(root.traced.eval)
-        read = _read_as_tensors(root.traced.eval)
-        for target in [target for target in calls if is_norm(modules[target])]:
-            reason = _why_not(calls[target], modules, calls)
-            if target in read:
-                reason = f"forward also uses its {read[target]} as a tensor"
-            source, axis = source_of(calls[target][0], modules)
+    for root in known.roots:
+        modules = dict(root.named_modules(remove_duplicate=False))
+        for node in [n for n in root.traced.eval.nodes if n.op == "call_module" and is_norm(modules[str(n.target)])]:
+            norm, (source, axis) = known.first[modules[str(node.target)]], source_of(node, modules)
+            reason = _why_not(node, modules, known)
             if reason is None and source is not None:
-                pairs[join(prefix, str(source.target))] = Pair(join(prefix, target), axis)
+                layer = modules[str(source.target)]
+                pairs[known.first[layer]] = Pair(norm, dims_for(layer, axis))
             else:
-                refused[join(prefix, target)] = str(reason)
-        for target in _calls(root.traced.train).keys() - calls.keys():
-            if is_norm(modules[target]):
-                refused[join(prefix, target)] = "only training calls it: it is no part of inference"
-    known = {network.get_submodule(name) for name in (*refused, *(pair.norm for pair in pairs.values()))}
-    for name, module in network.named_modules():
-        if is_norm(module) and module not in known:
-            inside = isinstance(network.get_submodule(name.rpartition(".")[0]), WeightQuantized)
-            refused[name] = _INSIDE if inside else "no traced graph reaches it, so what stands before it is not known"
+                refused[norm] = str(reason)
+    seen = {network.get_submodule(name) for name in (*refused, *(pair.norm for pair in pairs.values()))}
+    for norm_, name in known.first.items():
+        if is_norm(norm_) and norm_ not in seen:
+            refused[name] = _why_in_no_graph(norm_, name, network, known)
     return pairs, refused
 
 
-def _calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    return calls
+class _Known:
+    """What the graphs of a network say of its modules."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.first = {module: name for name, module in network.named_modules()}
+        self.roots = list(quantized_networks(network).values())
+        self.calls = Counter(m for root in self.roots for m in _called(root, root.traced.eval))
+        self.trained = {m for root in self.roots for m in _called(root, root.traced.train)}
+        rewritten = {child for m in self.first if isinstance(m, Rewritten) for child in m.children()}
+        own = {child for m in self.first if not isinstance(m, (Rewritten, *_LISTS)) for child in m.children()}
+        # A child of a module that runs a graph and of one that runs its own code, which may call it too.
+        self.hidden = rewritten & own
+
+    def why_not_alone(self, module: nn.Module, name: str) -> str | None:
+        """Why a module may have other inputs than that of its one call in inference, or None."""
+        if self.calls[module] > 1:
+            return f"{name} is called {self.calls[module]} times"
+        if module in self.hidden or module.__dict__.get("called_outside", False):
+            return f"{name} is also called by code that no graph shows"
+        for root in self.roots:
+            for node in root.traced.eval.nodes:
+                owner, _, attribute = str(node.target).rpartition(".")
+                if node.op == "get_attr" and root.get_submodule(owner) is module and value_users(node):
+                    return f"forward also uses the {attribute} of {name} as a tensor"
+        return None
 
 
-def _read_as_tensors(graph: fx.Graph) -> dict[str, str]:
-    """Modules to the attribute that the graph reads from them."""
-    nodes = [node for node in graph.nodes if node.op == "get_attr" and value_users(node)]
-    return {owner: attribute for owner, _, attribute in (str(node.target).rpartition(".") for node in nodes)}
+def _called(root: nn.Module, graph: fx.Graph) -> list[nn.Module]:
+    return [root.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
 
 
-def _why_not(norms: list[fx.Node], modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
-    """Why the weight layer before a batch-norm cannot take it in, or None."""
-    norm = modules[str(norms[0].target)]
-    if len(norms) > 1:
-        return f"it is called {len(norms)} times"
-    if reason := why_not_removable(norm):
+def _why_in_no_graph(norm: nn.Module, name: str, network: nn.Module, known: _Known) -> str:
+    if norm in known.trained:
+        return "only training calls it: it is no part of inference"
+    if isinstance(network.get_submodule(name.rpartition(".")[0]), WeightQuantized):
+        return "it is inside a weight layer, whose own forward() calls it"
+    return "no traced graph reaches it, so what stands before it is not known"
+
+
+def _why_not(node: fx.Node, modules: dict[str, nn.Module], known: _Known) -> str | None:
+    """Why the weight layer before a call of a batch-norm cannot take it in, or None."""
+    norm = modules[str(node.target)]
+    if reason := known.why_not_alone(norm, "it") or why_not_removable(norm):
         return reason
-    source, axis = source_of(norms[0], modules)
-    name = str(source.target) if source is not None else ""
-    layer = modules.get(name)
+    source, axis = source_of(node, modules)
+    layer = modules.get(str(source.target)) if source is not None else None
     if source is None or not isinstance(layer, WeightQuantized):
-        before = norms[0].all_input_nodes[0]
+        before = node.all_input_nodes[0]
         while kind(before, modules) == "quantizer":
             before = before.all_input_nodes[0]
         reason = f"the operation before it ({before.name}) is no quantized weight layer"
-        return reason + (_FORWARD if _leads_to_layer(norms[0], modules) else "")
-    if len(calls[name]) > 1:
-        return f"{name} before it is called {len(calls[name])} times"
-    if not leads_only_to(source, norms[0]):
-        return f"the output of {name} before it has {_users(source, modules)} users"
+        return reason + (_FORWARD if _leads_to_layer(node, modules) else "")
+    name = f"{known.first[layer]} before it"
+    if reason := known.why_not_alone(layer, name):
+        return reason
+    if not leads_only_to(source, node):
+        return f"the output of {name} has {_users(source, modules)} users"
+    if hooks_of(layer, before=False) or hooks_of(norm, before=True):
+        return f"hooks run between {name} and it, and would see other values"
     if isinstance(layer, OwnForward) and not takes_batch_norm(layer):
         return f"{layer.float_class.__name__} before it has its own forward(), which does more than convolve"
-    if not fits(layer, norm, axis):
-        return f"its channels are not the output channels of {name} before it"
-    return None
+    return None if fits(layer, norm, axis) else f"its channels are not the output channels of {name}"
 
 
 def _leads_to_layer(norm: fx.Node, modules: dict[str, nn.Module]) -> bool:

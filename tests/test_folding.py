@@ -322,9 +322,13 @@ CASES = {
         lambda s, x: s.norm(s.conv(x)) + s.second(s.other(x)) if s.training else s.norm(s.conv(x)),
         {"second": "only training calls it"},
     ),
+    "bias of the layer read beside it": (
+        lambda s, x: s.second(s.other(s.norm(s.conv(x)) - s.conv.bias.view(3, 1, 1))),
+        {"norm": "the bias of conv before it as a tensor"},
+    ),
     "statistics read beside it": (
         lambda s, x: s.second(s.other(s.norm(s.conv(x)) - s.norm.running_mean.view(3, 1, 1))),
-        {"norm": "running_mean as a tensor"},
+        {"norm": "running_mean of it as a tensor"},
     ),
 }
 
@@ -425,13 +429,18 @@ def test_hooks_of_a_batch_norm_are_not_lost():
     assert_same_outputs(network, folded, x)
 
 
-def test_pruned_layer():
+@pytest.mark.parametrize("pruned", [["weight"], ["bias"], ["weight", "bias"]])
+def test_pruned_layer(pruned):
     network, x = randomise_batch_norms(Pair(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6))), torch.randn(2, 2, 6, 6).double()
-    prune.l1_unstructured(network.layer, "weight", amount=0.5)
+    for name in pruned:
+        prune.l1_unstructured(network.layer, name, amount=0.5)
+    prune.random_unstructured(network.norm, "weight", amount=1)
     quantized(network, x)
+    network(x).sum().backward()
     folded = fold_batch_norms(network)
+    assert folded.report.folded == {"norm": "layer"}
     assert_same_outputs(network, folded, x)
-    assert (integer_weights(folded)["layer"] == 0).sum() >= 54
+    assert (integer_weights(folded)["layer"] == 0).sum() >= 54 * ("weight" in pruned)
 
 
 def test_one_batch_norm_under_two_names():

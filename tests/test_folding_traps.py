@@ -139,6 +139,128 @@ def test_batch_norm_before_a_convolution(padding):
     assert bool(fold_batch_norms_forward(float_network).report.folded) == (padding == 0)
 
 
+class Opaque(nn.Module):
+    """Code that no trace shows."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.code(x) if x.sum() > -1e9 else x
+
+
+class SharedWithOpaque(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.opaque = Opaque(shared=getattr(self, shared))
+        self.opaque.code = lambda x: getattr(self, shared)(x)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x))) + self.opaque(x)
+
+
+@pytest.mark.parametrize("shared", ["conv", "norm"])
+def test_layer_shared_with_code_that_no_trace_shows(shared):
+    network, x = randomise_batch_norms(SharedWithOpaque(shared)).double().eval(), images()
+    quantized(network, x)
+    folded = fold_batch_norms(network)
+    assert "no graph shows" in folded.report.refused["norm"]
+
+
+def two_domains():
+    conv = nn.Conv2d(3, 3, 1)
+    parts = {"src": nn.Sequential(conv, nn.BatchNorm2d(3)), "tgt": nn.Sequential(conv, nn.BatchNorm2d(3))}
+    network = Opaque(**parts)
+    return network, lambda self, x: self.src(x) - 2 * self.tgt(x)
+
+
+def one_norm_on_two_layers():
+    norm = nn.BatchNorm2d(3)
+    parts = {"a": nn.Sequential(nn.Conv2d(3, 3, 1), norm), "b": nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), norm)}
+    return Opaque(**parts), lambda self, x: self.a(x) - 2 * self.b(x)
+
+
+def part_of_a_part():
+    network = Opaque(stem=nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    return network, lambda self, x: self.stem(x) + self.stem[0](x)
+
+
+def iterated():
+    network = Opaque(features=nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    return network, lambda self, x: self.features[2](self.features[1](y := self.features[0](x))) + y
+
+
+def known_by_an_earlier_name():
+    stem = nn.Conv2d(3, 3, 1)
+    return Opaque(stem=stem, body=nn.Sequential(stem, nn.BatchNorm2d(3))), lambda self, x: self.body(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*saw no value during calibration")
+@pytest.mark.parametrize(
+    "make", [two_domains, one_norm_on_two_layers, part_of_a_part, iterated, known_by_an_earlier_name]
+)
+def test_layers_in_several_graphs_or_none(make):
+    network, code = make()
+    type(network).code = code
+    try:
+        norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        assert_folds(network, images(), dict.fromkeys(norms, ""))
+    finally:
+        del type(network).code
+
+
+class Scale(nn.Identity):
+    def forward(self, x):
+        return 2 * x + 1
+
+
+class Always(nn.Dropout):
+    def forward(self, x):
+        return F.dropout(x, 0.5, True)
+
+
+@pytest.mark.parametrize("between", [Scale(), Always()])
+def test_pass_through_modules_with_a_forward_of_their_own(between):
+    network = quantized(randomise_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.BatchNorm2d(4))), images())
+    assert "no quantized weight layer" in fold_batch_norms(network).report.refused["2"]
+
+
+def test_dropout_that_is_always_on():
+    class Sampling(TwoNorms):
+        def forward(self, x):
+            return self.first(F.dropout(self.conv(x), 0.5))
+
+    network = quantized(Sampling(), images())
+    assert "no quantized weight layer" in fold_batch_norms(network).report.refused["first"]
+
+
+@pytest.mark.parametrize("where", ["layer", "norm"])
+def test_hooks_between_layer_and_batch_norm(where):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if where == "layer":
+        network[0].register_forward_hook(lambda module, args, out: 2 * out + 1)
+    else:
+        network[1].register_forward_pre_hook(lambda module, args: (args[0] + 3,))
+    assert_folds(network, images(), {"1": "hooks run between"})
+
+
+@pytest.mark.parametrize("between", [lambda y: y.transpose(1, 2), lambda y: y.mT, lambda y: y.flatten(0, 1)])
+def test_linear_layer_on_inputs_of_four_dimensions(between):
+    class Four(nn.Module):
+        def __init__(self):
+            super().__init__()
+            flat = between(torch.ones(1, 1, 1, 1)).dim() == 3
+            self.linear, self.norm = nn.Linear(8, 8), (nn.BatchNorm1d if flat else nn.BatchNorm2d)(8)
+
+        def forward(self, x):
+            return self.norm(between(self.linear(x)))
+
+    assert_folds(Four(), torch.randn(4, 8, 8, 8).double(), {"norm": "not the output channels"})
+
+
 def test_folding_twice_says_so():
     folded = assert_folds(Nested(), images())
     with pytest.raises(FoldingError, match="folded already"):

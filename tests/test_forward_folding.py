@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import randomise_batch_norms
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_qbn import (
     FoldingError,
@@ -103,6 +104,7 @@ class Uses(nn.Module):
         (lambda s, x: (lambda y: s.conv(y) + s.other(y))(s.norm(x)), "2 users"),
         (lambda s, x: s.conv(s.norm(x)) * s.conv.weight.mean(), "uses tensors of conv"),
         (lambda s, x: s.conv(s.norm(x)) * s.norm.running_mean.mean(), "uses tensors of norm"),
+        (lambda s, x: (lambda y: s.conv(y).sum() + s.conv(y))(s.norm(x)), "conv is called 2 times"),
         (lambda s, x: s.conv(s.norm(x)) if s.training else s.other(s.norm(x)), "different layers"),
     ],
 )
@@ -113,10 +115,49 @@ def test_other_uses(function, reason):
     assert torch.equal(folded(x), network(x))
 
 
-def test_shared_weight():
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_shared_parameter(name):
     network = Uses(lambda s, x: s.conv(s.norm(x)) + s.other(x))
-    network.other.weight = network.conv.weight
+    setattr(network.other, name, getattr(network.conv, name))
     assert "shared" in fold_batch_norms_forward(network).report.refused["norm"]
+
+
+def test_shared_layer():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            conv = nn.Conv2d(4, 4, 1)
+            self.a, self.b = nn.Sequential(nn.BatchNorm2d(4), conv), nn.Sequential(conv, nn.ReLU())
+
+        def forward(self, x):
+            return self.a(x) + self.b(x) if x.sum() > -1e9 else x
+
+    network, x = randomise_batch_norms(Two()).double().eval(), images()
+    folded = fold_batch_norms_forward(network)
+    assert "shared" in folded.report.refused["a.0"]
+    assert torch.equal(folded(x), network(x))
+
+
+def test_hooks_and_masks():
+    for change in (
+        lambda net: net.norm.register_forward_hook(lambda module, args, out: out.clamp(-1, 1)),
+        lambda net: net.conv.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+        lambda net: prune.random_unstructured(net.conv, "bias", 0.5),
+    ):
+        network, x = randomise_batch_norms(Uses(lambda s, x: s.conv(s.norm(x)))).double().eval(), images()
+        change(network)
+        folded = fold_batch_norms_forward(network)
+        assert folded.report.refused.keys() == {"norm"}
+        assert torch.equal(folded(x), network(x))
+
+
+def test_flattening_of_another_kind():
+    class Last(nn.Flatten):
+        def forward(self, input):
+            return input.movedim(1, -1).flatten(1)
+
+    network = randomise_batch_norms(nn.Sequential(nn.BatchNorm2d(4), Last(), nn.Linear(4 * 49, 3))).double().eval()
+    assert not fold_batch_norms_forward(network).report.folded
 
 
 def test_norms_elsewhere_are_not_mentioned():
