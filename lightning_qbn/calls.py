@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_qbn.layers import WeightQuantized
@@ -25,7 +26,8 @@ def watching_calls(network: nn.Module) -> Iterator[None]:
     def count(module: nn.Module, args: Any) -> None:
         counts[module] += 1
 
-    layers = [m for m in network.modules() if isinstance(m, WeightQuantized) or is_norm(m)]
+    modules = [m for m in network.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these take no hooks
+    layers = [m for m in modules if isinstance(m, WeightQuantized) or is_norm(m)]
     rewritten = [m for m in network.modules() if isinstance(m, Rewritten)]
     handles = [module.register_forward_pre_hook(count) for module in (*layers, *rewritten)]
     try:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 from lightning_qbn.convolution import WEIGHT_LAYERS, WeightLayer, is_transposed, out_channels
 from lightning_qbn.errors import FoldingError, UnsupportedNetworkError
@@ -122,6 +123,8 @@ def _why_not(norm: fx.Node, layer: fx.Node, root: nn.Module, graph: fx.Graph) ->
     reason = why_not_removable(before) or why_not_quantizable(behind)
     if reason or not is_plain(before):
         return reason or "its own forward() does more than normalise"
+    if prune.is_pruned(before) or prune.is_pruned(behind):
+        return f"it or {layer.target} is pruned: call torch.nn.utils.prune.remove first"
     if hooks_of(before, before=False) or hooks_of(before, before=True) or hooks_of(behind, before=True):
         return f"hooks run between it and {layer.target}, and would see other values, or make the weight of the layer"
     if any(p is not None and not isinstance(p, nn.Parameter) for p in (behind.weight, behind.bias)):

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 
 from lightning_qbn.fake_quantize import FakeQuantize
 
@@ -127,8 +128,12 @@ def runs(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 
 def hooks_of(module: nn.Module, before: bool) -> list[Any]:
-    """The hooks that run before a module's forward, or after it: torch has no public name for them."""
-    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
+    """The hooks that run before a module's forward, or after it, but for the masks of pruning.
+
+    torch has no public name for them.
+    """
+    found = (module._forward_pre_hooks if before else module._forward_hooks).values()
+    return [hook for hook in found if not isinstance(hook, prune.BasePruningMethod)]
 
 
 def name_of(node: fx.Node) -> str:
