@@ -38,7 +38,7 @@ def watching_calls(network: nn.Module) -> Iterator[None]:
     expected: Counter[nn.Module] = Counter()
     shown: set[nn.Module] = set()
     for module in rewritten:
-        for node in module.programs[1].graph.nodes:
+        for node in module.programs[1].graph.nodes if module.programs[1] else ():
             if node.op == "call_module":
                 called = module.get_submodule(str(node.target))
                 shown.add(called)

@@ -10,8 +10,10 @@ import torch
 from torch import fx, nn
 
 from lightning_qbn.channels import source_of, unrounded_layers
+from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.kinds import kind
-from lightning_qbn.operations import Kind, name_of, value_users
+from lightning_qbn.operations import Kind, is_norm, name_of, value_users
+from lightning_qbn.tracer import is_of_torch
 from lightning_qbn.tracing import Traced
 
 
@@ -150,21 +152,29 @@ def _place(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
 
     Never in a container: a Sequential with one more child would run it, and `len` would count it.
     """
-    if node.op == "call_module" and _takes_modules(modules[str(node.target)]):
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if module is not None and _takes_modules(module):
         return str(node.target), "output_quantizer"
+    name = name_of(node) if module is None else type(module).__name__.lower()
     owner = node.meta.get("scope", "")
-    while owner and (isinstance(modules[owner], _CONTAINERS) or not _takes_modules(modules[owner])):
+    while owner and isinstance(modules[owner], (*_CONTAINERS, torch.jit.ScriptModule)):
         owner = owner.rpartition(".")[0]
     if isinstance(modules[owner], _CONTAINERS):
         user = next((user for user in node.users if user.op == "call_module"), None)
         if user is not None:
             return str(user.target), "input_quantizer"
-    return owner, f"{name_of(node).strip('*_').replace('.', '_')}_quantizer"
+    return owner, f"{name.strip('*_').replace('.', '_')}_quantizer"
 
 
 def _takes_modules(module: nn.Module) -> bool:
-    """Whether a module keeps a child that is added: what torch.jit and torch.compile return does not."""
-    return not isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "_orig_mod")
+    """Whether a module may be given a child.
+
+    Code of somebody else may run all its children one after the other, and what torch.jit and torch.compile
+    return does not keep one.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+        return False
+    return isinstance(module, (*WEIGHT_LAYERS, nn.Identity)) or is_norm(module) or is_of_torch(module)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

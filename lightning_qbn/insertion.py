@@ -63,7 +63,8 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         What was quantized, and what was not and why.
 
     Raises:
-        UnsupportedNetworkError: there is nothing to quantize, or quantizers are there already.
+        UnsupportedNetworkError: there is nothing to quantize, quantizers are there already, or a parameter of a
+            lazy layer has no shape yet.
         ConfigurationError: a pattern in the config matches no layer.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -74,6 +75,7 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         raise UnsupportedNetworkError(
             f"{type(network).__name__} has quantizers already. Call remove_quantizers(network) first."
         )
+    _check_shapes(network)
     plan = make_plan(network)
     if not plan.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in plan.left_in_float.items())
@@ -90,6 +92,12 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         raise
     network.quantization_config = config  # type: ignore[assignment]
     return report
+
+
+def _check_shapes(network: nn.Module) -> None:
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise UnsupportedNetworkError(f"{name} has no shape yet. Run the network once, then insert quantizers.")
 
 
 def remove_quantizers(network: nn.Module) -> None:
@@ -166,13 +174,14 @@ def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> No
     holders = {node: root.get_submodule(site.owner) for node, site in placed.items()}
     regions = divide(traced, root, holders)
     for node, site in placed.items():
-        for region in (region for parts in regions.values() for region in parts if node in region.copies):
+        for region in (region for parts in regions.values() for region in parts.values() if node in region.copies):
             name = region.names[holders[node]]
             _round(region.copies[node], join(name, site.attribute))
         _round(node, site.path)
     for name, parts in regions.items():
-        programs = [Program(part.graph, part.fixed) for part in parts]
-        install(root.get_submodule(name), programs[0], programs[-1], None if name else traced)
+        programs = {graph: Program(part.graph, part.fixed) for graph, part in parts.items()}
+        train, evaluation = programs.get(traced.train), programs.get(traced.eval)
+        install(root.get_submodule(name), train, evaluation, None if name else traced)
 
 
 def _round(node: fx.Node, quantizer: str) -> None:

@@ -89,8 +89,25 @@ def _kind_by_trace(module: nn.Module) -> Kind:
 
 
 def _only_sizes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether an arithmetic node works on sizes alone, such as ``x.shape[0] * 2``."""
-    return bool(node.all_input_nodes) and all(_is_value(source, modules) for source in node.all_input_nodes)
+    """Whether an arithmetic node works on sizes alone, such as ``x.shape[0] * 2``; asked once for each node.
+
+    Nodes that come later than others have these noted already, so that no long chain is followed back.
+    """
+    if "only_sizes" not in node.meta:
+        before = [node]
+        while before:
+            last = before[-1]
+            waiting = [n for n in last.all_input_nodes if _is_arithmetic(n) and "only_sizes" not in n.meta]
+            before.extend(waiting)
+            if not waiting:
+                sources = last.all_input_nodes
+                last.meta["only_sizes"] = bool(sources) and all(_is_value(n, modules) for n in sources)
+                before.pop()
+    return bool(node.meta["only_sizes"])
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and KIND_OF_NAME.get(name_of(node)) == "arithmetic"
 
 
 def _is_value(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -32,6 +32,9 @@ from lightning_qbn.state_dicts import refuse_folded, refuse_unfolded
 class WeightQuantized(nn.Module):
     """Form of a weight layer whose weight is fake-quantized in every forward pass."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which may register each subclass by its name, or ask for arguments."""
+
     float_class: type[nn.Module]
     weight_quantizer: FakeQuantize
     seen_dims: int | None = None  # dimensions of the input during calibration
@@ -60,6 +63,9 @@ class WeightQuantized(nn.Module):
 
 class IntegerWeight(nn.Module):
     """Form of a weight layer in a folded network: int8 weights and a float32 scale, no Parameter."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which may register each subclass by its name, or ask for arguments."""
 
     float_class: type[nn.Module]
     weight_integers: Tensor

@@ -12,8 +12,9 @@ from lightning_qbn.graph import Site, quantization_sites
 from lightning_qbn.kinds import kind
 from lightning_qbn.layers import why_not_quantizable
 from lightning_qbn.operations import name_of, value_users
+from lightning_qbn.own_code import trace_for_quantization
 from lightning_qbn.tracer import has_weights, is_whole, why_untraceable
-from lightning_qbn.tracing import Traced, join, trace
+from lightning_qbn.tracing import Traced, join
 
 # A forward of these names is that of a container or of a LightningModule that has none of its own.
 _NO_FORWARD = ("_forward_unimplemented", "LightningModule.forward")
@@ -64,7 +65,7 @@ def _candidates(module: nn.Module, name: str, plan: Plan) -> Iterator[tuple[str,
     if is_whole(module):
         return
     try:
-        traced = trace(module)
+        traced = trace_for_quantization(module)
     except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
         if type(module).forward.__qualname__ not in _NO_FORWARD:
             plan.left_in_float[name or type(module).__name__] = why_untraceable(module, error)

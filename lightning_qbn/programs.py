@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from lightning_qbn.errors import QuantizationWarning, UnsupportedNetworkError
+from lightning_qbn.pickling import packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,23 @@ class Program:
     graph: fx.Graph
     fixed: dict[str, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> Any:
+        """By the packed graph."""
+        return _program, (packed(self.graph), self.fixed)
 
-def forward_of(float_class: type[nn.Module], train: Program, evaluation: Program) -> Callable[..., Any]:
+
+def _program(graph: fx.Graph, fixed: dict[str, Any]) -> Program:
+    return Program(unpacked(graph), fixed)
+
+
+def forward_of(float_class: type[nn.Module], train: Program | None, evaluation: Program | None) -> Callable[..., Any]:
     """A function with the signature of the class's own forward that runs the graph of the present mode.
 
     A graph holds one value for some arguments. Called with another one it raises, for it would compute
     something else; but where that value is None, or nothing in ``*args`` and ``**kwargs``, an optional input was left
     out, such as the labels for a loss: with it the module's own forward runs, on quantized layers and quantized
-    modules inside.
+    modules inside. It also runs in a mode for which there is no program, because the network does not call the
+    module then.
     """
     signature = inspect.signature(float_class.forward)
     owner, *parameters = signature.parameters.values()
@@ -50,6 +60,9 @@ def forward_of(float_class: type[nn.Module], train: Program, evaluation: Program
     bodies, by_name = {}, {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     variadic = {p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     for mode, program in {"train": train, "eval": evaluation}.items():
+        if program is None:
+            bodies[mode] = f"return _qbn_own('', {every})\n"
+            continue
         scope[f"_qbn_{mode}"] = _function(program.graph)
         lines = []
         for name, value in program.fixed.items():
@@ -82,7 +95,7 @@ def _passed(parameter: inspect.Parameter) -> str:
 
 def _own_forward(float_class: type[nn.Module]) -> Callable[..., Any]:
     def run(_qbn_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if _qbn_name and not torch.compiler.is_compiling():
             warnings.warn(
                 f"forward of {float_class.__name__} got {_qbn_name}, and was traced for quantization without it: its "
                 f"own code runs, with quantized weights, but what it computes between its layers stays in float. "

@@ -48,8 +48,8 @@ class _IndivisibleError(Exception):
     """A module's part cannot be told from its surroundings; whoever calls it runs it then."""
 
 
-def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]) -> dict[str, list[Region]]:
-    """The parts of all modules that can have one, by name: one region for each graph that calls the module.
+def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]) -> dict[str, dict[fx.Graph, Region]]:
+    """The parts of all modules that can have one, by name: a region for each graph that calls the module.
 
     ``""`` is the network itself. A module that is called several times in a pass has no part of its own: each
     call has quantizers of its own.
@@ -59,7 +59,7 @@ def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]
         network: what was traced.
         holders: node to the module that will hold the quantizer of its result.
     """
-    regions: dict[str, list[Region]] = {}
+    regions: dict[str, dict[fx.Graph, Region]] = {}
     modules = dict(network.named_modules(remove_duplicate=False))
     alive = {graph: set(graph.nodes) for graph in traced.graphs}
     calls = {graph: list(_inside(traced.calls[graph])) for graph in traced.graphs}
@@ -71,9 +71,9 @@ def divide(traced: Traced, network: nn.Module, holders: dict[fx.Node, nn.Module]
     for path in sorted(by_path, key=lambda path: max(_height(call) for _, call in by_path[path])):
         if path not in several:
             with suppress(_IndivisibleError):
-                regions[path] = [_Builder(c, modules, alive[g], regions, holders).build() for g, c in by_path[path]]
+                regions[path] = {g: _Builder(c, modules, alive[g], regions, holders).build() for g, c in by_path[path]}
     if "" not in regions:  # something passes between modules past their arguments and results: run all of it here
-        regions[""] = [_Builder(c, modules, alive[g], {}, holders).build() for g, c in by_path[""]]
+        regions[""] = {g: _Builder(c, modules, alive[g], {}, holders).build() for g, c in by_path[""]}
     return regions
 
 
@@ -96,7 +96,7 @@ class _Builder:
         call: Call,
         modules: dict[str, nn.Module],
         alive: set[fx.Node],
-        regions: dict[str, list[Region]],
+        regions: dict[str, dict[fx.Graph, Region]],
         holders: dict[fx.Node, nn.Module],
     ) -> None:
         self._call, self._modules, self._alive = call, modules, alive

@@ -14,8 +14,11 @@ from lightning_qbn.tracing import Traced
 class Rewritten(nn.Module):
     """Marks a module that runs a graph, which calls the activation quantizers."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which may register each subclass by its name, or ask for arguments."""
+
     float_class: type[nn.Module]
-    programs: tuple[Program, Program]
+    programs: tuple[Program | None, Program | None]  # for training, for evaluation
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class and the graphs: the class itself is made at run time."""
@@ -37,7 +40,7 @@ class QuantizedNetwork(Rewritten):
     traced: Traced
 
 
-def install(module: nn.Module, train: Program, evaluation: Program, traced: Traced | None = None) -> None:
+def install(module: nn.Module, train: Program | None, evaluation: Program | None, traced: Traced | None = None) -> None:
     """Let a module run graphs in place of its forward, which keeps its signature.
 
     The graphs name modules by their path, so whatever stands there when the forward runs is called: a
@@ -45,7 +48,7 @@ def install(module: nn.Module, train: Program, evaluation: Program, traced: Trac
 
     Args:
         module: gets a subclass of its own class.
-        train: runs while the module's training flag is set.
+        train: runs while the module's training flag is set; None: its own forward.
         evaluation: runs otherwise; may be the same.
         traced: flat graphs of a whole network.
     """
@@ -73,7 +76,9 @@ def uninstall(module: Rewritten) -> None:
         module.recompile()
 
 
-def _new(float_class: type[nn.Module], programs: tuple[Program, Program], traced: Traced | None) -> nn.Module:
+def _new(
+    float_class: type[nn.Module], programs: tuple[Program | None, Program | None], traced: Traced | None
+) -> nn.Module:
     module = float_class.__new__(float_class)
     install(module, *programs, traced)
     return module

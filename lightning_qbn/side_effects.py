@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def without_side_effects(modules: Iterable[nn.Module]) -> Iterator[None]:
     Raises:
         UnsupportedNetworkError: names what was changed.
     """
-    attributes = {module: dict(module.__dict__) for module in modules}
+    attributes = {module: _contents(module.__dict__) for module in modules}
     states = _random_states()
     try:
         yield
@@ -51,13 +52,46 @@ def modes_restored(network: nn.Module, mode: bool) -> Iterator[None]:
             module.training = flag
 
 
-def _restore(module: nn.Module, old: dict[str, Any]) -> list[str]:
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Raise where the block enters autocast, also where that changes nothing: a graph would not do it."""
+    enter = torch.autocast.__enter__
+
+    def refuse(self: Any) -> None:
+        raise UnsupportedNetworkError("forward enters autocast, which a graph would not repeat")
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+def _contents(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Attributes to themselves, and to a copy of those that hold others."""
+    return {k: (v, copy.copy(v) if isinstance(v, list | dict | set) else None) for k, v in attributes.items()}
+
+
+def _restore(module: nn.Module, old: dict[str, tuple[Any, Any]]) -> list[str]:
     now = module.__dict__
-    changed = [name for name in {**old, **now} if name not in old or name not in now or now[name] is not old[name]]
+    changed = [name for name in {**old, **now} if name not in old or name not in now or now[name] is not old[name][0]]
     if changed:
         now.clear()
-        now.update(old)
+        now.update({name: value for name, (value, _) in old.items()})
+    for name, (value, content) in old.items():
+        if content is not None and not _same(value, content):
+            changed.append(name)
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
     return changed
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(first[key] is second[key] for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+    return bool(first == second)
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,10 +62,11 @@ def is_whole(module: nn.Module) -> bool:
     """Whether graphs call a module as a whole: it has no weights, or its forward is torch's and no container's."""
     if isinstance(module, (*WEIGHT_LAYERS, BatchNorm)) or not has_weights(module):
         return True
-    return _is_of_torch(module)
+    return is_of_torch(module)
 
 
-def _is_of_torch(module: nn.Module) -> bool:
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module runs a forward of torch, not of somebody else."""
     forward = type(module).forward
     of_torch = str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
     return of_torch and not isinstance(module, nn.Sequential) and forward.__name__ != "_forward_unimplemented"
@@ -86,22 +88,44 @@ class Found:
         unpacking: modules that could not be traced with those without weights inside called as a whole: they
             may take the result of one apart, as tuples are, and a graph shows that only from inside.
         variadic: whether the network itself takes its inputs in ``*args`` or ``**kwargs``.
+        given: modules that were to be opaque from the start.
     """
 
     opaque: dict[str, str] = field(default_factory=dict)
     unpacking: set[str] = field(default_factory=set)
     variadic: bool = False
+    given: frozenset[str] = frozenset()
 
     def failed(self, path: str, module: nn.Module, error: Exception) -> bool:
         """Note that tracing into a module failed; whether it is to be tried once more."""
         for inside in [name for name in self.opaque if not path or name.startswith(f"{path}.")]:
-            del self.opaque[inside]
+            if inside not in self.given:
+                del self.opaque[inside]
         if path not in self.unpacking:
             self.unpacking.add(path)
             return True
         if path:
             self.opaque[path] = why_untraceable(module, error)
         return False
+
+
+class _TensorProxy(fx.Proxy):
+    """Stands for a tensor: `isinstance` says so, and ``x += y`` changes it in place."""
+
+    _is_param = False
+
+    __class__ = property(lambda self: Tensor)
+
+
+def _in_place(function: Any) -> Any:
+    def change(self: _TensorProxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return change
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior", "ixor"):
+    setattr(_TensorProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class Tracer(fx.Tracer):
@@ -129,12 +153,18 @@ class Tracer(fx.Tracer):
         by_place = [proxies.pop(p.name) for p in inputs if p.kind is p.POSITIONAL_ONLY]
         return lambda root: root_fn(root, *by_place, **proxies), [self.root]
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the result of a node while forward runs."""
+        return _TensorProxy(node, self)
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module: taken apart, or as a whole if it has no weights or cannot be traced."""
         path = self.path_of_module(m)
-        unpacked = self.call.path in self._found.unpacking and not _is_of_torch(m) and not has_weights(m)
+        if not path:
+            raise UnsupportedNetworkError("forward calls itself")
+        unpacked = self.call.path in self._found.unpacking and not is_of_torch(m) and not has_weights(m)
         if path in self._found.opaque or (is_whole(m) and not unpacked):
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._call_whole(path, args, kwargs)
         outer, last = self.call, next(iter(reversed(self.graph.nodes)), None)
         while True:
             inner = self.call = Call(path, _noted(args), _noted(kwargs))
@@ -148,11 +178,16 @@ class Tracer(fx.Tracer):
                 if self._found.failed(path, m, error):
                     continue
                 self.call = outer
-                return self.create_proxy("call_module", path, args, kwargs)
+                return self._call_whole(path, args, kwargs)
             finally:
                 self.call = outer
             outer.items.append(inner)
             return output
+
+    def _call_whole(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        if any(isinstance(value, list | dict) and not value for value in (*args, *kwargs.values())):
+            raise UnsupportedNetworkError(f"{path} gets an empty list or dict, in which it may leave results")
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that knows the module whose forward made it."""
@@ -168,6 +203,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A value as a graph holds it; raises for those that it would hold otherwise than forward does."""
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
             raise UnsupportedNetworkError("forward computes a tensor that depends on no input, which a graph would fix")
         if type(a) not in (dict, immutable_dict) and isinstance(a, dict):

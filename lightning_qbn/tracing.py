@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lightning_qbn.errors import UnsupportedNetworkError
-from lightning_qbn.side_effects import modes_restored, without_side_effects
+from lightning_qbn.pickling import packed, unpacked
+from lightning_qbn.side_effects import modes_restored, without_autocast, without_side_effects
 from lightning_qbn.tracer import Call, Found, Tracer
 
 
@@ -34,14 +39,27 @@ class Traced:
         """The different graphs: one or two."""
         return [self.train] if self.train is self.eval else [self.train, self.eval]
 
+    def __reduce__(self) -> Any:
+        """By the packed graphs; the calls were wanted only to divide them."""
+        return _traced, tuple(packed(graph) for graph in self.graphs)
+
+
+def _traced(*graphs: fx.Graph) -> Traced:
+    found = [unpacked(graph) for graph in graphs]
+    return Traced(found[0], found[-1])
+
 
 def join(prefix: str, name: str) -> str:
     """The name of a module from the name of its owner; ``""`` is the network itself."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def trace(network: nn.Module) -> Traced:
+def trace(network: nn.Module, whole: Mapping[str, str] | None = None) -> Traced:
     """Trace a network in training and in evaluation mode; arguments with a default are fixed to it.
+
+    Args:
+        network: any module.
+        whole: modules that are to be called as a whole, to the reason.
 
     Raises:
         UnsupportedNetworkError: a graph would not do what forward does: it draws random numbers, sets
@@ -50,7 +68,7 @@ def trace(network: nn.Module) -> Traced:
     """
     if "forward" in network.__dict__:
         raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
-    found = Found()
+    found = Found(dict(whole or {}), given=frozenset(whole or {}))
     train = _trace_mode(network, True, found)
     known = set(found.opaque), set(found.unpacking)
     evaluation = _trace_mode(network, False, found)
@@ -76,11 +94,18 @@ def _trace_mode(network: nn.Module, mode: bool, found: Found) -> tuple[fx.Graph,
 
 
 def _trace_once(network: nn.Module, mode: bool, found: Found) -> tuple[fx.Graph, Call]:
-    tracer = Tracer(found)
     fixed = _defaults(network) if found.variadic else {}
-    with warnings.catch_warnings(), modes_restored(network, mode), without_side_effects(network.modules()):
+    with (
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        without_autocast(),
+        modes_restored(network, mode),
+        without_side_effects(network.modules()),
+    ):
         warnings.simplefilter("ignore")  # torch.fx warns about defaults it cannot check; the new forward does
+        tracer = Tracer(found)
         graph = tracer.trace(network, fixed or None)
+    _check_variadic(graph)
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in fixed]:
         for user in [u for checked in node.users for u in (*checked.users, checked)]:
             graph.erase_node(user)
@@ -90,6 +115,15 @@ def _trace_once(network: nn.Module, mode: bool, found: Found) -> tuple[fx.Graph,
     graph.lint()
     tracer.call.kwargs |= fixed
     return graph, tracer.call
+
+
+def _check_variadic(graph: fx.Graph) -> None:
+    """Whoever does more with ``*args`` than pick one of them may do something else with the real ones."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*"):
+            for user in node.users:
+                if user.target is not operator.getitem:
+                    raise UnsupportedNetworkError(f"forward passes {node.target} on as a whole")
 
 
 def _defaults(network: nn.Module) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 
 import pytest
 import torch
@@ -272,3 +273,204 @@ def test_scripted_networks_are_refused_and_scripted_parts_stay_in_float():
     assert report.weights.keys() == {"b.0", "head"}
     calibrate_quantizers(network, [x])
     assert_same_outputs(network, fold_batch_norms(network), x)
+
+
+# What a trace could get wrong without a word
+
+
+class InPlace(Net):
+    def features(self, x):
+        x = self.a(x)
+        skip = x
+        x += self.b(x)
+        return x + skip
+
+
+class AsksForTensors(Net):
+    def forward(self, x):
+        if isinstance(x, Tensor) and torch.is_tensor(x):
+            x = (x - 0.5) / 0.25
+        return super().forward(x)
+
+
+class Pools(nn.ModuleList):
+    def forward(self, x):
+        return sum(pool(x) for pool in self) / len(self)
+
+
+class Pyramid(Net):
+    def __init__(self):
+        super().__init__()
+        self.pools = Pools([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(5, 1, 2)])
+
+    def features(self, x):
+        return self.b(self.pools(self.a(x)))
+
+
+class LastOfChildren(Net):
+    def forward(self, x):
+        *layers, last = self.children()
+        for layer in layers:
+            x = layer(x) if x.sum() > -1e9 else x
+        return last(x.mean((2, 3)))
+
+
+class Tap(nn.Module):
+    def forward(self, x, into):
+        into.append(x)
+        return x
+
+
+class Tapped(Net):
+    def __init__(self):
+        super().__init__()
+        self.tap = Tap()
+
+    def forward(self, x):
+        seen = []
+        y = self.tap(self.a(x), seen)
+        return self.head(self.b(y).mean((2, 3)) + seen[0].mean((2, 3)))
+
+
+class Recording(Net):
+    def __init__(self):
+        super().__init__()
+        self.maps = {}
+
+    def forward(self, x):
+        self.maps["a"] = x
+        return super().forward(x)
+
+
+class Recursive(Net):
+    def forward(self, x, n=2):
+        return (
+            self.forward(self.a(x), n - 1)
+            if n == 3
+            else super().forward(x if n < 2 else self(x, n - 1)[:, :1, None, None] + x)
+        )
+
+
+class Autocast(Net):
+    def features(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().features(x)
+
+
+class Starred(nn.Sequential):
+    def forward(self, *inputs):
+        for module in self:
+            inputs = module(*inputs) if type(inputs) is tuple else module(inputs)
+        return inputs
+
+
+class Registered(Net):
+    names: list[str] = []  # noqa: RUF012
+
+    def __init_subclass__(cls, *, title, **kwargs):
+        assert title not in Registered.names
+        Registered.names.append(title)
+
+
+class Pooled(Net):
+    def features(self, x):
+        return F.adaptive_max_pool2d(F.max_pool2d(self.b(self.a(x)), 2), 2)
+
+
+HIDDEN = [
+    *(InPlace, AsksForTensors, Pyramid, LastOfChildren, Tapped, Recording, Recursive, Autocast, Registered, Pooled),
+    lambda: Starred(Net(), nn.ReLU()),
+]
+
+
+@pytest.mark.parametrize("make", HIDDEN)
+def test_what_a_trace_could_get_wrong(make):
+    network, x = make(), torch.randn(4, 3, 8, 8)
+    network.eval()
+    randomise_batch_norms(network)
+    before = network(x).detach()
+    insert_quantizers(network, QuantizationConfig(weight_bits=4))
+    assert torch.equal(network(x), before)
+    calibrate_quantizers(network, [x])
+    quantized = network(x)
+    buffer = io.BytesIO()
+    if not isinstance(network, Starred | Recursive):
+        torch.save(network, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), quantized)
+    assert not torch.equal(quantized, before)
+    folded = fold_batch_norms(copy.deepcopy(network).double())
+    double = copy.deepcopy(network).double()
+    assert_same_outputs(double, folded, x.double())
+    remove_quantizers(network)
+    assert torch.equal(network(x), before)
+
+
+def test_features_that_forward_records_are_recorded_after_insertion():
+    network, x = Recording().eval(), torch.randn(4, 3, 8, 8)
+    insert_quantizers(network, QuantizationConfig())
+    assert network.maps == {}
+    network(x)
+    assert network.maps["a"] is x
+
+
+def test_autocast_around_insertion_and_inside_forward():
+    network, x = Autocast().eval(), torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = network(x)
+        insert_quantizers(network, QuantizationConfig())
+        assert torch.equal(network(x), before)
+
+
+@torch.no_grad()
+def test_no_grad_around_insertion():
+    network = NoGrad()
+    assert insert_quantizers(network, QuantizationConfig()).networks == PARTS
+
+
+def test_a_long_chain():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            for _ in range(1500):
+                x = x + y
+            return x
+
+    assert len(insert_quantizers(Chain(), QuantizationConfig()).activations) == 1502
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape():
+    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    with pytest.raises(UnsupportedNetworkError, match=r"0\.weight has no shape yet\. Run the network once"):
+        insert_quantizers(network, QuantizationConfig())
+    network(torch.randn(2, 3, 8, 8))
+    insert_quantizers(network, QuantizationConfig())
+
+
+def test_layers_called_by_keyword():
+    class Named(Net):
+        def features(self, x):
+            return self.b(self.a[2](self.a[1](input=self.a[0](input=x))))
+
+    network, x = Named().eval(), torch.randn(4, 3, 8, 8)
+    insert_quantizers(network, QuantizationConfig())
+    calibrate_quantizers(network, [x])
+    reestimate_batch_norms(network, [x], 1)
+    assert len(fold_batch_norms(network).report.folded) == 2
+
+
+def test_ranges_are_those_before_an_operation_in_place():
+    class Gate(Net):
+        def features(self, x):
+            x = self.b(self.a(x))
+            return x.mul_(torch.sigmoid(x.mean((2, 3), keepdim=True) - 8))
+
+    network, x = Gate().eval(), torch.randn(4, 3, 8, 8)
+    insert_quantizers(network, QuantizationConfig(range_estimator="minmax"))
+    calibrate_quantizers(network, [x])
+    quantizer = network.b[2].output_quantizer
+    assert float(quantizer.scale.detach()) * quantizer.quant_max > 0.9 * float(network.b(network.a(x)).detach().max())

@@ -230,6 +230,46 @@ def test_a_module_called_twice_has_quantizers_for_each_call():
     assert found[1].scale > 5 * found[0].scale
 
 
+@pytest.mark.parametrize("call", [lambda block, x: block(block(x)), lambda block, x: block(x) + block(2 * x)])
+def test_hooks_of_a_module_called_twice_run(call):
+    network, x, seen = Outer(Block(), call).eval(), images(), []
+    network.block.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    before = network(x)
+    report = insert_quantizers(network, CONFIG)
+    assert "has hooks" in report.left_in_float["block"]
+    seen.clear()
+    assert torch.equal(network(x), before)
+    assert len(seen) == 2
+    assert {"block.conv", "head", "stage.0"} == report.weights.keys()
+
+
+def test_training_flag_of_a_module_called_twice_is_live():
+    network, x = Outer(Dropping(), lambda block, x: block(block(x))), images()
+    report = insert_quantizers(network, CONFIG)
+    assert "otherwise in training" in report.left_in_float["block"]
+    network.train()
+    network.block.eval()
+    network.stage.eval()
+    assert torch.equal(network(x), network(x))
+    network.block.train()
+    assert not torch.equal(network(x), network(x))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_training_flag_of_a_module_that_one_mode_calls(mode):
+    class Auxiliary(Outer):
+        def forward(self, x):
+            y = self.stage(x)
+            return self.head(y) + (self.block(y)[:, :2] if self.training == mode else 0)
+
+    network, x = Auxiliary(Dropping()), images()
+    insert_quantizers(network, CONFIG)
+    network.train(mode)
+    for flag in (True, False):
+        network.block.train(flag)
+        assert torch.equal(network.block(x), network.block(x)) != flag
+
+
 class Branching(Block):
     """What torch.fx cannot follow."""
 
