@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,11 +112,30 @@ class Found:
 
 
 class _TensorProxy(fx.Proxy):
-    """Stands for a tensor: `isinstance` says so, and ``x += y`` changes it in place."""
+    """Stands for a tensor: ``x += y`` changes it in place, and `tensors_known` lets `isinstance` say what it is."""
 
-    _is_param = False
 
-    __class__ = property(lambda self: Tensor)
+@contextmanager
+def tensors_known() -> Iterator[None]:
+    """Let ``isinstance(x, Tensor)`` be true of what stands for a tensor while forward runs.
+
+    Else a forward would take its other branch, and nobody would notice. The function is exchanged and not the
+    proxy's ``__class__``, for that makes the functions of torch that are written in C take it for a tensor.
+    """
+    plain = builtins.isinstance
+
+    def check(value: Any, kinds: Any) -> bool:
+        if type(value) is _TensorProxy:
+            asked = kinds if type(kinds) is tuple else getattr(kinds, "__args__", (kinds,))
+            if Tensor in asked:
+                return True
+        return plain(value, kinds)
+
+    builtins.isinstance = check
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
 
 
 def _in_place(function: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.pickling import packed, unpacked
 from lightning_qbn.side_effects import modes_restored, without_autocast, without_side_effects
-from lightning_qbn.tracer import Call, Found, Tracer
+from lightning_qbn.tracer import Call, Found, Tracer, tensors_known
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def _trace_once(network: nn.Module, mode: bool, found: Found) -> tuple[fx.Graph,
         warnings.catch_warnings(),
         torch.enable_grad(),
         without_autocast(),
+        tensors_known(),
         modes_restored(network, mode),
         without_side_effects(network.modules()),
     ):

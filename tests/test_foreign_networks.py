@@ -377,8 +377,28 @@ class Pooled(Net):
         return F.adaptive_max_pool2d(F.max_pool2d(self.b(self.a(x)), 2), 2)
 
 
+class Noise(Net):
+    """Functions of torch that make tensors, of sizes that are not known yet."""
+
+    def features(self, x):
+        steps = torch.arange(x.size(3)) * torch.ones(1).expand(x.shape)
+        return super().features(x + 0 * steps + torch.zeros(x.size(), dtype=x.dtype, device=x.device))
+
+
 HIDDEN = [
-    *(InPlace, AsksForTensors, Pyramid, LastOfChildren, Tapped, Recording, Recursive, Autocast, Registered, Pooled),
+    *(
+        InPlace,
+        AsksForTensors,
+        Pyramid,
+        LastOfChildren,
+        Tapped,
+        Recording,
+        Recursive,
+        Autocast,
+        Registered,
+        Pooled,
+        Noise,
+    ),
     lambda: Starred(Net(), nn.ReLU()),
 ]
 
