@@ -73,8 +73,6 @@ def test_network(name: str, row: Row) -> None:
         x = tuple(part.double() for part in inputs(name, 2, 64))
         travel(row, network.double(), x, call, 8, call)
         assert row.float64 < 1e-4
-    assert row.seconds < 10
-    assert name != "mobilenet_v2" or row.seconds < 2
 
 
 def tensors_with_grad(value):
@@ -109,4 +107,3 @@ def test_detector(name: str, row: Row) -> None:
     qbn.remove_quantizers(network)
     travel(row, network.double(), x.double(), backbone, 8, backbone)
     assert row.float64 < 1e-4
-    assert row.seconds < 10
