@@ -8,8 +8,8 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from lightning_qbn.operations import hooks_of
+from lightning_qbn.recording import Call
 from lightning_qbn.regions import divide
-from lightning_qbn.tracer import Call
 from lightning_qbn.tracing import Traced, trace
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from lightning_qbn.tracer import Call, Made
+from lightning_qbn.recording import Call, Made
 from lightning_qbn.tracing import Traced
 
 _CONSTANTS = (bool, int, float, str, torch.dtype, torch.device, torch.memory_format, type(None))

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
 import inspect
-import operator
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,39 +14,9 @@ from torch.fx.immutable_collections import immutable_dict
 from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.operations import BatchNorm
+from lightning_qbn.proxies import TensorProxy
+from lightning_qbn.recording import Call, Made, inputs_of, noted
 from lightning_qbn.side_effects import without_side_effects
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module during a trace, and what happened inside.
-
-    Args:
-        path: name of the module below the traced network.
-        args: positional arguments, with nodes in place of tensors and `Made` in place of some containers.
-        kwargs: arguments by name, likewise; of the network itself those that are fixed to a value.
-        output: what the call returned, likewise.
-        items: nodes and calls in the order of execution.
-    """
-
-    path: str
-    args: Any = ()
-    kwargs: Any = field(default_factory=dict)
-    output: Any = None
-    items: list[fx.Node | Call] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A container that a graph makes by calling its class: an OrderedDict, a dataclass, a named tuple."""
-
-    kind: type
-    parts: dict[str, Any]
-
-    def arguments(self, of: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional arguments and those by name with which a graph calls the class."""
-        parts = {name: of(part) for name, part in self.parts.items()}
-        return (([*parts.items()],), {}) if self.kind is OrderedDict else ((), parts)
 
 
 def has_weights(module: nn.Module) -> bool:
@@ -111,44 +75,6 @@ class Found:
         return False
 
 
-class _TensorProxy(fx.Proxy):
-    """Stands for a tensor: ``x += y`` changes it in place, and `tensors_known` lets `isinstance` say what it is."""
-
-
-@contextmanager
-def tensors_known() -> Iterator[None]:
-    """Let ``isinstance(x, Tensor)`` be true of what stands for a tensor while forward runs.
-
-    Else a forward would take its other branch, and nobody would notice. The function is exchanged and not the
-    proxy's ``__class__``, for that makes the functions of torch that are written in C take it for a tensor.
-    """
-    plain = builtins.isinstance
-
-    def check(value: Any, kinds: Any) -> bool:
-        if type(value) is _TensorProxy:
-            asked = kinds if type(kinds) is tuple else getattr(kinds, "__args__", (kinds,))
-            if Tensor in asked:
-                return True
-        return plain(value, kinds)
-
-    builtins.isinstance = check
-    try:
-        yield
-    finally:
-        builtins.isinstance = plain
-
-
-def _in_place(function: Any) -> Any:
-    def change(self: _TensorProxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return change
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior", "ixor"):
-    setattr(_TensorProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
 class Tracer(fx.Tracer):
     """Notes the scope of each node, and calls a module as a whole where tracing into it fails."""
 
@@ -176,7 +102,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for the result of a node while forward runs."""
-        return _TensorProxy(node, self)
+        return TensorProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module: taken apart, or as a whole if it has no weights or cannot be traced."""
@@ -188,12 +114,12 @@ class Tracer(fx.Tracer):
             return self._call_whole(path, args, kwargs)
         outer, last = self.call, next(iter(reversed(self.graph.nodes)), None)
         while True:
-            inner = self.call = Call(path, _noted(args), _noted(kwargs))
+            inner = self.call = Call(path, noted(args), noted(kwargs))
             try:
                 # The module's own forward: its hooks run when the graph calls it, not while it is traced.
                 with without_side_effects([m]):
                     output = m.forward(*args, **kwargs)
-                inner.output = _noted(output)
+                inner.output = noted(output)
             except Exception as error:  # noqa: BLE001  whatever a user's forward raises when it meets a proxy
                 self._erase_behind(last)
                 if self._found.failed(path, m, error):
@@ -229,23 +155,23 @@ class Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
             raise UnsupportedNetworkError("forward computes a tensor that depends on no input, which a graph would fix")
         if type(a) not in (dict, immutable_dict) and isinstance(a, dict):
-            made = _noted(a)
+            made = noted(a)
             if not isinstance(made, Made):
                 raise UnsupportedNetworkError(f"forward makes a {type(a).__name__}, which a graph cannot")
             return self.create_node("call_function", made.kind, *made.arguments(self._written))
         return super().create_arg(a)
 
-    def _written(self, noted: Any) -> Any:
-        """What `_noted` gave, as an argument of a node."""
-        if isinstance(noted, fx.Node):
-            return noted
-        if isinstance(noted, Made):
-            return self.create_node("call_function", noted.kind, *noted.arguments(self._written))
-        if type(noted) in (tuple, list):
-            return type(noted)(self._written(part) for part in noted)
-        if type(noted) is dict:
-            return {key: self._written(part) for key, part in noted.items()}
-        return self.create_arg(noted)
+    def _written(self, value: Any) -> Any:
+        """What `noted` gave, as an argument of a node."""
+        if isinstance(value, fx.Node):
+            return value
+        if isinstance(value, Made):
+            return self.create_node("call_function", value.kind, *value.arguments(self._written))
+        if type(value) in (tuple, list):
+            return type(value)(self._written(part) for part in value)
+        if type(value) is dict:
+            return {key: self._written(part) for key, part in value.items()}
+        return self.create_arg(value)
 
     def _is_attribute(self, tensor: Tensor) -> bool:
         modules = list(self.root.modules())
@@ -259,39 +185,6 @@ class Tracer(fx.Tracer):
                 return
             if node.op != "get_attr":  # the tracer keeps these for the next reader of the same tensor
                 self.graph.erase_node(node)
-
-
-def _noted(value: Any) -> Any:
-    """Arguments or results with nodes in place of proxies, as far as they are containers that a graph can make."""
-    if isinstance(value, fx.Proxy):
-        return value.node
-    if type(value) in (tuple, list):
-        return type(value)(_noted(v) for v in value)
-    if type(value) is dict:
-        return {key: _noted(v) for key, v in value.items()}
-    if type(value) is OrderedDict and all(isinstance(key, str) for key in value):
-        return Made(OrderedDict, {key: _noted(v) for key, v in value.items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value) if f.init]
-        return Made(type(value), {name: _noted(getattr(value, name)) for name in names})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return Made(type(value), {name: _noted(getattr(value, name)) for name in value._fields})
-    return value
-
-
-def inputs_of(forward: Any) -> tuple[list[inspect.Parameter], dict[str, Any]]:
-    """The inputs of a whole network, and its other arguments with the value that they are fixed to.
-
-    Inputs are the arguments without a default; where all have one, the first is the input, as in
-    ``forward(images=None, labels=None)``.
-    """
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    variadic = {p.name: () for p in parameters if p.kind is p.VAR_POSITIONAL}
-    by_name: dict[str, Any] = {p.name: {} for p in parameters if p.kind is p.VAR_KEYWORD}
-    plain = [p for p in parameters if p.name not in variadic | by_name]
-    inputs = [p for p in plain if p.default is p.empty] or plain[:1]
-    names = {p.name for p in inputs}
-    return inputs, {p.name: p.default for p in plain if p.name not in names} | variadic | by_name
 
 
 def _is_checkpointed() -> bool:

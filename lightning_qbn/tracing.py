@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.pickling import packed, unpacked
+from lightning_qbn.proxies import tensors_known
+from lightning_qbn.recording import Call
 from lightning_qbn.side_effects import modes_restored, without_autocast, without_side_effects
-from lightning_qbn.tracer import Call, Found, Tracer, tensors_known
+from lightning_qbn.tracer import Found, Tracer
 
 
 @dataclass(frozen=True)
