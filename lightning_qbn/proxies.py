@@ -45,5 +45,5 @@ def _in_place(function: Any) -> Any:
     return change
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior", "ixor"):
+for _name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow"):
     setattr(TensorProxy, f"__{_name}__", _in_place(getattr(operator, _name)))

@@ -192,3 +192,17 @@ def test_results_in_a_named_tuple():
     report = insert_quantizers(Named(F.relu), QuantizationConfig())
     assert list(report.left_in_float) == ["other"]
     assert "does not call it" in report.left_in_float["other"]
+
+
+def test_sizes_that_are_changed_step_by_step_are_no_quantities():
+    class Sizes(Between):
+        def forward(self, x):
+            y = self.norm(self.first(x))
+            n = y.shape[3]
+            n //= 2
+            n += 1
+            return self.last(y[:, :, :, :n])
+
+    report = insert_quantizers(Sizes(F.relu), QuantizationConfig())
+    assert list(report.left_in_float) == ["other"]
+    assert list(report.activations) == ["x_quantizer", "norm.output_quantizer", "last.output_quantizer"]
