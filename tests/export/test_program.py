@@ -28,6 +28,7 @@ def fold(network, *inputs, **config):
     return fold_batch_norms(network)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # within torch.export.load of 2.10
 @pytest.mark.parametrize("bits", [(4, 8), (8, 16), (2, None)])
 def test_reload_gives_equal_outputs_at_another_batch_size(tmp_path, network, batches, bits):
     folded = fold(network, batches[0], weight_bits=bits[0], activation_bits=bits[1])
