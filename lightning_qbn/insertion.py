@@ -75,7 +75,6 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         raise UnsupportedNetworkError(
             f"{type(network).__name__} has quantizers already. Call remove_quantizers(network) first."
         )
-    _check_shapes(network)
     plan = make_plan(network)
     if not plan.layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in plan.left_in_float.items())
@@ -92,12 +91,6 @@ def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> Inserti
         raise
     network.quantization_config = config  # type: ignore[assignment]
     return report
-
-
-def _check_shapes(network: nn.Module) -> None:
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise UnsupportedNetworkError(f"{name} has no shape yet. Run the network once, then insert quantizers.")
 
 
 def remove_quantizers(network: nn.Module) -> None:

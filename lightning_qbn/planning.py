@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS
+from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.graph import Site, quantization_sites
 from lightning_qbn.kinds import kind
 from lightning_qbn.layers import why_not_quantizable
@@ -35,7 +36,14 @@ class Plan:
 
 
 def make_plan(network: nn.Module) -> Plan:
-    """Decide what to quantize in a network, without touching it."""
+    """Decide what to quantize in a network, without touching it.
+
+    Raises:
+        UnsupportedNetworkError: a parameter or buffer of a lazy layer has no shape yet.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise UnsupportedNetworkError(f"{name} has no shape yet. Run the network once, then try again.")
     plan = Plan()
     for name, module in _candidates(network, "", plan):
         prefix = f"{name}." if name else ""

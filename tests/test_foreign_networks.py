@@ -20,6 +20,7 @@ from lightning_qbn import (
     UnsupportedNetworkError,
     calibrate_quantizers,
     fold_batch_norms,
+    fold_batch_norms_forward,
     insert_quantizers,
     reestimate_batch_norms,
     remove_quantizers,
@@ -465,8 +466,9 @@ def test_a_long_chain():
 
 def test_lazy_layers_are_refused_until_they_have_a_shape():
     network = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
-    with pytest.raises(UnsupportedNetworkError, match=r"0\.weight has no shape yet\. Run the network once"):
-        insert_quantizers(network, QuantizationConfig())
+    for verb in (lambda: insert_quantizers(network, QuantizationConfig()), lambda: fold_batch_norms_forward(network)):
+        with pytest.raises(UnsupportedNetworkError, match=r"0\.weight has no shape yet\. Run the network once"):
+            verb()
     network(torch.randn(2, 3, 8, 8))
     insert_quantizers(network, QuantizationConfig())
 
