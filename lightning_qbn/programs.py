@@ -63,7 +63,7 @@ def forward_of(float_class: type[nn.Module], train: Program | None, evaluation: 
         if program is None:
             bodies[mode] = f"return _qbn_own('', {every})\n"
             continue
-        scope[f"_qbn_{mode}"] = _function(program.graph)
+        scope[f"_qbn_{mode}"] = _explained(_function(program.graph), float_class.__name__)
         lines = []
         for name, value in program.fixed.items():
             scope[f"_qbn_{mode}_{name}"] = value
@@ -124,6 +124,25 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
     exec(code.src, scope)
     function: Callable[..., Any] = scope["forward"]
     return function
+
+
+def _explained(function: Callable[..., Any], owner: str) -> Callable[..., Any]:
+    """Say what happened where a quantizer is gone with the layer that held it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except AttributeError as error:
+            if "_quantizer'" not in str(error):
+                raise
+            raise UnsupportedNetworkError(
+                f"A layer that {owner} calls was replaced after its quantizers were inserted ({error}). Call "
+                f"remove_quantizers(network), and insert them again."
+            ) from error
+
+    return run
 
 
 def _check_fixed(owner: str, name: str, value: Any, fixed: Any) -> None:

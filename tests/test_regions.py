@@ -457,3 +457,12 @@ def test_results_in_containers_of_a_class(kind):
     alone = Returning(kind).eval()
     insert_quantizers(alone, CONFIG)
     assert type(alone(x)) is expected
+
+
+def test_layer_that_is_replaced_after_insertion():
+    network, x = quantized(Outer(Block()), images()), images()
+    network.head = nn.Conv2d(3, 5, 1)
+    with pytest.raises(UnsupportedNetworkError, match=r"Outer.*replaced.*remove_quantizers"):
+        network(x)
+    remove_quantizers(network)
+    assert quantized(network, x)(x).shape == (4, 5, 6, 6)
