@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_qbn.callbacks.report import RunReport as RunReport
     from lightning_qbn.checkpoint import load_quantized as load_quantized
     from lightning_qbn.config import QuantizationConfig as QuantizationConfig
+    from lightning_qbn.drift import LayerDrift as LayerDrift
+    from lightning_qbn.drift import Reestimation as Reestimation
     from lightning_qbn.errors import CalibrationError as CalibrationError
     from lightning_qbn.errors import ConfigurationError as ConfigurationError
     from lightning_qbn.errors import DataError as DataError
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from lightning_qbn.insertion import insert_quantizers as insert_quantizers
     from lightning_qbn.insertion import remove_quantizers as remove_quantizers
     from lightning_qbn.layers import integer_weights as integer_weights
-    from lightning_qbn.reestimation import LayerDrift as LayerDrift
-    from lightning_qbn.reestimation import Reestimation as Reestimation
     from lightning_qbn.reestimation import reestimate_batch_norms as reestimate_batch_norms
     from lightning_qbn.schedule import QATSchedule as QATSchedule
 
@@ -49,6 +49,7 @@ _HOMES = {
     "callbacks.report": ("RunReport",),
     "checkpoint": ("load_quantized",),
     "config": ("QuantizationConfig",),
+    "drift": ("LayerDrift", "Reestimation"),
     "errors": (
         "CalibrationError",
         "ConfigurationError",
@@ -68,7 +69,7 @@ _HOMES = {
     "forward_folding": ("fold_batch_norms_forward",),
     "insertion": ("InsertionReport", "insert_quantizers", "remove_quantizers"),
     "layers": ("integer_weights",),
-    "reestimation": ("LayerDrift", "Reestimation", "reestimate_batch_norms"),
+    "reestimation": ("reestimate_batch_norms",),
     "schedule": ("QATSchedule",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

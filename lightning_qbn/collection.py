@@ -1,7 +1,8 @@
-"""Collect the statistics of batch-norm inputs from passes through a network: jointly or layer by layer."""
+"""Collect the statistics of batch-norm inputs while batches pass through a network."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,142 +12,182 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS
+from lightning_qbn.drift import write
 from lightning_qbn.errors import ReestimationError
-from lightning_qbn.passes import ForwardFn, forward, load
-from lightning_qbn.statistics import MeanOfBatches
+from lightning_qbn.passes import ForwardFn, forward
+from lightning_qbn.ranks import number, on_all_ranks
+from lightning_qbn.scatter import Scatter
+from lightning_qbn.statistics import Estimator, Series, moments, standard_error
 
 _FEWEST_BATCHES = 5  # before a tolerance may stop the collection: the spread of fewer says too little
 
 
-class Statistics:
-    """What one batch-norm saw so far."""
+class Layer:
+    """One batch-norm and what it saw."""
 
-    def __init__(self, module: nn.Module, estimator: type[MeanOfBatches]) -> None:
-        assert isinstance(module.running_mean, Tensor)
-        self.module = module
+    def __init__(self, name: str, module: nn.Module, estimator: Estimator) -> None:
+        self.name, self.module, self.estimator = name, module, estimator
         self.depthwise = False
-        self._estimator = estimator(module.running_mean.numel(), module.running_mean.device)
-        self.result = self._estimator.result
-        self.standard_error = self._estimator.standard_error
+        self.restart()
 
-    @property
-    def count(self) -> int:
-        """Calls of the layer that were added."""
-        return self._estimator.count
+    def restart(self) -> None:
+        """Forget everything that was seen."""
+        self.done = False  # has its new statistics
+        self.series = Series()
+        self._checked = 0
 
-    def add(self, name: str, x: Tensor, batch: int) -> None:
-        """Add the input of one call, of shape (batch, channels, ...)."""
-        dims = [d for d in range(x.dim()) if d != 1]
-        samples = x.numel() // x.shape[1]
-        if samples == 0:
-            raise ReestimationError(f"{name} got no value in batch {batch}: the batch is empty.")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, dims, correction=min(1, samples - 1))
-        if not bool(variance.isfinite().all() & mean.isfinite().all()):
+    def add(self, x: Tensor, batch: int) -> tuple[int, Tensor, Tensor]:
+        """Add the input of one call, of shape (batch, channels, ...); its `moments`."""
+        found = moments(x)
+        if found[0]:  # a head that gets no region of an image says nothing
+            self.series.add(batch, *found)
+        return found
+
+    def add_and_normalise(self, x: Tensor, batch: int) -> None:
+        """Add the input of one call, and let it be normalised with its own statistics, as in training.
+
+        The layer stays in inference form: the statistics are put into its buffers. So nothing else of it is
+        touched, and they are computed once and not twice.
+        """
+        count, mean, squares = self.add(x, batch)
+        if count == 1:
             raise ReestimationError(
-                f"{name} saw NaN or infinity in batch {batch}. Look at that batch and at the layer before {name}; "
-                f"the old statistics are back."
+                f"{self.name} gets one value per channel in batch {batch}, which has no variance to normalise with. "
+                f"Use larger batches, or mode='sequential', which normalises with running statistics."
             )
-        if self.module.training and samples == 1:
+        if count:
+            self.write(mean, squares / count)
+
+    def check(self) -> None:
+        """Raise where a new call saw NaN or infinity: its moments are not finite either."""
+        first, self._checked = self._checked, len(self.series)
+        if first == self._checked:
+            return
+        rows = torch.stack([*self.series.means[first:], *self.series.squares[first:]]).isfinite().all(1)
+        bad = (~rows.view(2, -1).all(0)).nonzero()
+        if len(bad):
             raise ReestimationError(
-                f"{name} gets one value per channel in batch {batch}, which has no variance to normalise with. Use "
-                f"larger batches, or mode='sequential', which normalises with running statistics."
+                f"{self.name} saw NaN or infinity in batch {self.series.batches[first + int(bad[0])]}. Look at that "
+                f"batch and at the layer before {self.name}; the old statistics are back."
             )
-        self._estimator.add(mean, variance, samples)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Copies of the running statistics."""
+        mean, variance = self.module.running_mean, self.module.running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(variance, Tensor)
+        return mean.clone(), variance.clone()
+
+    def write(self, mean: Tensor, variance: Tensor) -> None:
+        """Normalise with these from now on."""
+        write(self.module, (mean, variance))
+
+    def finish(self) -> None:
+        """Give the layer the statistics of everything it saw."""
+        self.done = True
+        if len(self.series):
+            self.write(*self.estimator(self.series))
 
 
-def collect_jointly(
-    network: nn.Module,
-    statistics: dict[str, Statistics],
-    batches: Iterable[Any],
-    num_batches: int,
-    tolerance: float | None,
-    forward_fn: ForwardFn | None,
-) -> int:
-    """One pass: every batch-norm normalises with the statistics of its batch. Returns the batches used."""
-    index = 0
+class Jointly:
+    """One pass: every batch-norm normalises with the statistics of its batch, as in training, or as it is."""
 
-    def collect(name: str, x: Tensor) -> None:
-        statistics[name].add(name, x, index)
+    def __init__(
+        self, network: nn.Module, layers: dict[str, Layer], forward_fn: ForwardFn | None, normalise: bool = True
+    ) -> None:
+        self.network, self.layers, self.forward_fn, self.normalise = network, layers, forward_fn, normalise
+        self.scatter = Scatter()
+        self._batch = 0
+        self._calls: Counter[str] = Counter()
+        self._shape: torch.Size | None = None  # of the first layer's input in this pass, and in the first pass
+        self._first_shape: torch.Size | None = None
+        self._once = False  # the first pass called every layer once: what follows the last one need not run
 
-    with _hooked(network, statistics, collect), _normalising_by_batch([s.module for s in statistics.values()]):
-        for index, batch in load(batches, num_batches, ReestimationError):
-            forward(network, batch, index, forward_fn, ReestimationError)
-            if tolerance is not None and index + 1 >= _FEWEST_BATCHES and _is_precise(statistics.values(), tolerance):
-                break
-    return index + 1
+    def collect(self, batches: Iterable[tuple[int, Any]], tolerance: float | None) -> int:
+        """Pass the batches, up to the tolerance. Returns how many; the layers know the calls of all ranks then."""
+        used = []
+        on_all_ranks(lambda: used.append(self._pass_all(batches, tolerance)))
+        share_series(self.layers)
+        return used[0]
+
+    def _pass_all(self, batches: Iterable[tuple[int, Any]], tolerance: float | None) -> int:
+        with watched(self.network, self.layers, self._before):
+            for self._batch, batch in batches:
+                self._calls.clear()
+                self._shape = None
+                with suppress(_Enough):
+                    forward(self.network, batch, self._batch, self.forward_fn, ReestimationError)
+                if self._batch == 0:
+                    self._first_shape = self._shape
+                    self._once = len(self._calls) == len(self.layers) and set(self._calls.values()) == {1}
+                for name in self._calls:
+                    self.layers[name].check()
+                if tolerance is not None and self._batch + 1 >= _FEWEST_BATCHES and self._error() < tolerance:
+                    break
+        return self._batch + 1
+
+    def _before(self, layer: Layer, x: Tensor) -> None:
+        if self._shape is None:
+            self._shape = x.shape
+            refuse_empty(layer, x, self._batch)
+            self.scatter.add(x)
+        self._calls[layer.name] += 1
+        layer.add_and_normalise(x, self._batch) if self.normalise else layer.add(x, self._batch)
+        if self._once and self._shape == self._first_shape and len(self._calls) == len(self.layers):
+            raise _Enough
+
+    def _error(self) -> float:
+        """Standard error over all ranks, as far as this one can tell without asking them."""
+        error = quantile_of_errors(self.layers.values())
+        return math.inf if error is None else error / number() ** 0.5
 
 
-def collect_sequentially(
-    network: nn.Module,
-    statistics: dict[str, Statistics],
-    batches: Iterable[Any],
-    num_batches: int,
-    tolerance: float | None,
-    forward_fn: ForwardFn | None,
-) -> int:
-    """One truncated pass a layer, in execution order, with all layers above in inference form."""
-    kept = [batch for _, batch in load(batches, num_batches, ReestimationError)]
-    calls: Counter[tuple[str, int]] = Counter()
-    index = 0
-
-    def count(name: str, x: Tensor) -> None:
-        calls[name, index] += 1
-
-    with _hooked(network, statistics, count):
-        for index, batch in enumerate(kept):
-            forward(network, batch, index, forward_fn, ReestimationError)
-    for name in dict.fromkeys(name for name, _ in calls):
-        # Called again in one pass: its later calls need the output of the first one.
-        several = any(calls[name, index] > 1 for index in range(len(kept)))
-        _collect_one(network, name, statistics[name], kept, forward_fn, several)
-        mean, variance = statistics[name].result()
-        statistics[name].module.running_mean.copy_(mean)  # type: ignore[operator]
-        statistics[name].module.running_var.copy_(variance)  # type: ignore[operator]
-    return len(kept)
-
-
-class _Stop(BaseException):
+class _Enough(BaseException):
     """The rest of the pass is not needed; no Exception, which a forward might catch."""
 
 
-def _collect_one(
-    network: nn.Module,
-    name: str,
-    statistics: Statistics,
-    batches: list[Any],
-    forward_fn: ForwardFn | None,
-    several: bool,
-) -> None:
-    index = 0
+def refuse_empty(layer: Layer, x: Tensor, batch: int) -> None:
+    """Raise where the first batch-norm of a pass gets no image."""
+    if x.numel() == 0:
+        raise ReestimationError(f"{layer.name} got no value in batch {batch}: the batch is empty.")
 
-    def collect(_: str, x: Tensor) -> None:
-        statistics.add(name, x, index)
-        if not several:
-            raise _Stop
 
-    with (
-        _hooked(network, {name: statistics}, collect),
-        _normalising_by_batch([statistics.module] if several else []),
-    ):
-        for index, batch in enumerate(batches):
-            with suppress(_Stop):
-                forward(network, batch, index, forward_fn, ReestimationError)
+def share_series(layers: dict[str, Layer]) -> None:
+    """Give every rank the calls of all ranks, in the order of the ranks, so that results are the same to the bit."""
+    if number() == 1:
+        return
+    own = {name: _to(layer.series, torch.device("cpu")) for name, layer in layers.items()}
+    everywhere = on_all_ranks(lambda: own)
+    for name, layer in layers.items():
+        mean = layer.module.running_mean
+        assert isinstance(mean, Tensor)
+        layer.series = Series()
+        for series in everywhere:
+            layer.series.extend(_to(series[name], mean.device))
+
+
+def _to(series: Series, device: torch.device) -> Series:
+    means, squares = ([t.to(device) for t in tensors] for tensors in (series.means, series.squares))
+    return Series(series.counts, means, squares, series.batches)
+
+
+def quantile_of_errors(layers: Iterable[Layer]) -> float | None:
+    """95th percentile over all channels of the statistics' relative standard error; None where none is known."""
+    errors = [e for layer in layers if (e := standard_error(layer.series, layer.estimator)) is not None]
+    return float(torch.cat([error.cpu() for error in errors]).quantile(0.95)) if errors else None
 
 
 @contextmanager
-def _hooked(
-    network: nn.Module, statistics: dict[str, Statistics], collect: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call ``collect(name, input)`` before each of these batch-norms runs; note which are depthwise."""
+def watched(network: nn.Module, layers: dict[str, Layer], collect: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Call ``collect(layer, input)`` before each of these batch-norms runs; note which are depthwise."""
     last: list[nn.Module] = []
     handles = []
 
-    def before(name: str) -> Callable[..., None]:
+    def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            layer: Any = last[-1] if last else None
-            statistics[name].depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
-            collect(name, args[0] if args else kwargs["input"])
+            source: Any = last[-1] if last else None
+            layer.depthwise = getattr(source, "groups", 1) > 1 and source.groups == source.in_channels
+            collect(layer, (args[0] if args else kwargs["input"]).detach())
 
         return hook
 
@@ -154,35 +195,10 @@ def _hooked(
         last[:] = [module]
 
     try:
-        for name, entry in statistics.items():
-            handles.append(entry.module.register_forward_pre_hook(before(name), with_kwargs=True))
-        layers = [module for module in network.modules() if isinstance(module, WEIGHT_LAYERS)]
-        handles += [layer.register_forward_pre_hook(remember) for layer in layers]
+        handles += [x.module.register_forward_pre_hook(before(x), with_kwargs=True) for x in layers.values()]
+        sources = [module for module in network.modules() if isinstance(module, WEIGHT_LAYERS)]
+        handles += [source.register_forward_pre_hook(remember) for source in sources]
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _normalising_by_batch(modules: list[nn.Module]) -> Iterator[None]:
-    """Batch-norms in training form whose running statistics do not matter; counters come back."""
-    tracked = [(m, m.momentum, m.num_batches_tracked) for m in modules]
-    counts = [None if count is None else count.clone() for _, _, count in tracked]  # type: ignore[operator]
-    try:
-        for module in modules:
-            module.training = True
-            module.momentum = 0.0  # type: ignore[assignment]
-        yield
-    finally:
-        for (module, momentum, count), value in zip(tracked, counts, strict=True):
-            module.training = False
-            module.momentum = momentum
-            if isinstance(count, Tensor) and value is not None:
-                count.copy_(value)
-
-
-def _is_precise(statistics: Iterable[Statistics], tolerance: float) -> bool:
-    errors = [s.standard_error() for s in statistics if s.count]
-    known = [e for e in errors if e is not None]
-    return len(known) == len(errors) > 0 and float(torch.cat(known).quantile(0.95)) < tolerance

@@ -2,94 +2,55 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qbn.collection import Statistics, collect_jointly, collect_sequentially
+from lightning_qbn.collection import Jointly, Layer, quantile_of_errors
+from lightning_qbn.drift import Reestimation, drift, write
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.passes import ForwardFn, check_num_batches, quiet
+from lightning_qbn.passes import ForwardFn, check_num_batches, load, quiet
+from lightning_qbn.ranks import is_first, on_all_ranks
+from lightning_qbn.scatter import CHANCE, Scatter
+from lightning_qbn.sequential import collect_sequentially
 from lightning_qbn.statistics import ESTIMATORS
 
 _DEFAULT_ESTIMATOR = {"joint": "mean_of_batches", "sequential": "population"}
+_SMALL_BATCH = 16
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
-class LayerDrift:
-    r"""How far the statistics of one batch-norm moved.
+class Settings:
+    """How to re-estimate; the arguments of `reestimate_batch_norms`.
 
-    Args:
-        name: module name of the batch-norm.
-        depthwise: whether a depthwise convolution feeds it.
-        channels: number of channels.
-        mean_shift: mean over channels of \|new mean - old mean\|, in old standard deviations.
-        variance_ratio: geometric mean over channels of new variance / old variance.
-        kl: mean over channels of KL(new \|\| old) between the two normal distributions, in nats.
+    Raises:
+        ReestimationError: a mode, estimator, tolerance or amount of memory that does not exist.
     """
 
-    name: str
-    depthwise: bool
-    channels: int
-    mean_shift: float
-    variance_ratio: float
-    kl: float
+    mode: Literal["joint", "sequential"] = "joint"
+    estimator: Literal["mean_of_batches", "population"] | None = None
+    tolerance: float | None = None
+    memory_gib: float = 2.0
 
+    def __post_init__(self) -> None:
+        if self.mode not in _DEFAULT_ESTIMATOR:
+            raise ReestimationError(f"mode must be one of {tuple(_DEFAULT_ESTIMATOR)}, found {self.mode!r}.")
+        if self.estimator is not None and self.estimator not in ESTIMATORS:
+            raise ReestimationError(f"estimator must be one of {tuple(ESTIMATORS)} or None, found {self.estimator!r}.")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ReestimationError(f"tolerance must be positive or None, found {self.tolerance!r}.")
+        if not self.memory_gib >= 0:
+            raise ReestimationError(f"memory_gib must be 0 or more, found {self.memory_gib!r}.")
 
-@dataclass(frozen=True)
-class _Saved:
-    module: nn.Module
-    old: tuple[Tensor, Tensor]
-    new: tuple[Tensor, Tensor]
-
-
-class Reestimation:
-    """Result of `reestimate_batch_norms`; as a context manager it puts the old statistics back on exit.
-
-    Attributes:
-        layers: drift of every re-estimated batch-norm, largest KL first.
-        num_batches: batches used.
-        standard_error: 95th percentile over all channels of the statistics' relative standard error; None
-            with a single batch.
-        skipped: batch-norm to the reason why it kept its statistics.
-    """
-
-    def __init__(
-        self,
-        layers: list[LayerDrift],
-        num_batches: int,
-        standard_error: float | None,
-        skipped: dict[str, str],
-        saved: list[_Saved],
-    ) -> None:
-        self.layers = layers
-        self.num_batches = num_batches
-        self.standard_error = standard_error
-        self.skipped = skipped
-        self._saved = saved
-
-    def undo(self) -> None:
-        """Put the statistics of before back, exactly."""
-        for saved in self._saved:
-            _write(saved.module, *saved.old)
-
-    def redo(self) -> None:
-        """Put the re-estimated statistics in place again."""
-        for saved in self._saved:
-            _write(saved.module, *saved.new)
-
-    def __enter__(self) -> Reestimation:
-        """The result itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Undo."""
-        self.undo()
+    @property
+    def chosen_estimator(self) -> str:
+        """The estimator that was asked for, or the default of the mode."""
+        return self.estimator or _DEFAULT_ESTIMATOR[self.mode]
 
 
 def reestimate_batch_norms(
@@ -100,6 +61,7 @@ def reestimate_batch_norms(
     estimator: Literal["mean_of_batches", "population"] | None = None,
     tolerance: float | None = None,
     forward_fn: ForwardFn | None = None,
+    memory_gib: float = 2.0,
 ) -> Reestimation:
     """Replace the running statistics of every batch-norm by those of a sample of training data.
 
@@ -107,17 +69,27 @@ def reestimate_batch_norms(
     scales still. Training flags, momentum, ``num_batches_tracked`` and random state come back. Nagel et
     al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.1.
 
+    Where ``torch.distributed`` runs, every rank has to call this, with its own share of the data: calls of all
+    ranks are merged, so that all get the same statistics, to the bit. In joint mode each rank normalises
+    with its own batch, SyncBatchNorm too.
+
     Args:
         network: quantized or float.
         batches: training batches, with the augmentation of training; iterated once.
-        num_batches: how many to use at most; a loader with fewer gives a warning.
+        num_batches: how many to use at most, on each rank; a loader with fewer gives a warning.
         mode: ``"joint"`` takes all layers in one pass, each normalising with its batch's statistics.
             ``"sequential"`` takes layer by layer, with those above in inference form: the statistics that
-            the inference graph itself sees, whatever the batch size. It costs one truncated pass a layer
-            and keeps the batches in memory.
+            the inference graph itself sees, whatever the batch size and order. It keeps the batches in
+            memory, and passes all of them at once: they wait for each other at every batch-norm. That
+            costs one plain pass (and a second one of the first batch) while what waits fits into
+            ``memory_gib``, and else two to three in networks built of blocks, such as MobileNetV2. A
+            network that calls a batch-norm several times a pass costs a truncated pass for each layer.
         estimator: ``"mean_of_batches"`` (default of joint) or ``"population"`` (default of sequential).
-        tolerance: stop as soon as ``standard_error`` is below it (after 5 batches at least; joint only).
+        tolerance: use only as many batches as it takes for ``standard_error`` to fall below it, at least 5.
+            Sequential mode finds their number in a joint pass.
         forward_fn: ``forward_fn(network, batch)``; default: the network on the first element of the batch.
+        memory_gib: sequential mode: GiB of activations that may wait between the layers. With less,
+            batches go back to the inputs of blocks, or to their start, and compute what follows again.
 
     Returns:
         The drift of every layer, and the way back.
@@ -126,64 +98,120 @@ def reestimate_batch_norms(
         ReestimationError: no batch, a failing one, NaN or infinity, or one value per channel. The layer
             and the batch are named and the old statistics are back.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-    >>> with reestimate_batch_norms(net, [torch.randn(8, 1, 8, 8) for _ in range(3)], 3) as result:
+    >>> with reestimate_batch_norms(net, [torch.randn(16, 1, 8, 8) for _ in range(3)], 3) as result:
     ...     result.num_batches
     3
     """
     check_num_batches(num_batches, ReestimationError)
-    check_settings(mode, estimator, tolerance)
+    settings = Settings(mode, estimator, tolerance, memory_gib)
     found, skipped = _find(network)
     if not found:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items()) or "it has no batch-norm"
         _warn(f"{type(network).__name__} has no batch-norm statistics to re-estimate: {why}. Nothing has changed.")
-        return Reestimation([], 0, None, skipped, [])
-    old = {name: _read(bn) for name, bn in found.items()}
-    kind = ESTIMATORS[estimator or _DEFAULT_ESTIMATOR[mode]]
-    statistics = {name: Statistics(bn, kind) for name, bn in found.items()}
-    collect = collect_jointly if mode == "joint" else collect_sequentially
+        return Reestimation(network, [], 0, None, skipped, {})
+    layers = {name: Layer(name, bn, ESTIMATORS[settings.chosen_estimator]) for name, bn in found.items()}
+    old = {name: layer.read() for name, layer in layers.items()}
     try:
         with quiet(network):
-            used = collect(network, statistics, batches, num_batches, tolerance, forward_fn)
-            reached = {name: s for name, s in statistics.items() if s.count}
-            for name, seen in reached.items():
-                _write(found[name], *seen.result())
+            used = _collect(network, layers, batches, num_batches, settings, forward_fn)
+            for name in (reached := [name for name, layer in layers.items() if len(layer.series)]):
+                _check_result(layers[name])
     except BaseException:
         for name, bn in found.items():
-            _write(bn, *old[name])
+            write(bn, old[name])
         raise
+    for name in found.keys() - set(reached):
+        write(found[name], old[name])
     skipped |= {name: "was reached by no batch" for name in found if name not in reached}
+    error = quantile_of_errors(layers[name] for name in reached)
+    _say(used, num_batches, settings, error, skipped)
+    statistics = {name: (old[name], layers[name].read()) for name in reached}
+    moved = [drift(name, layers[name].depthwise, float(found[name].eps), *pair) for name, pair in statistics.items()]
+    return Reestimation(network, sorted(moved, key=lambda layer: -layer.kl), used, error, skipped, statistics)
+
+
+def _collect(
+    network: nn.Module,
+    layers: dict[str, Layer],
+    batches: Iterable[Any],
+    num_batches: int,
+    settings: Settings,
+    forward_fn: ForwardFn | None,
+) -> int:
+    """Collect in the mode that was asked for. Returns the batches used."""
+    loaded = load(batches, num_batches, ReestimationError)
+    if settings.mode == "joint":
+        jointly = Jointly(network, layers, forward_fn)
+        used = jointly.collect(loaded, settings.tolerance)
+        for layer in layers.values():
+            layer.finish()
+        _recommend(jointly.scatter)
+        return used
+    kept: list[Any] = []
+    if settings.tolerance is None:
+        on_all_ranks(lambda: kept.extend(batch for _, batch in loaded))
+    else:
+        # How many batches it takes is told by a plain pass, with the statistics that there are.
+        plain = Jointly(network, layers, forward_fn, normalise=False)
+        used = plain.collect(_keeping(loaded, kept), settings.tolerance)
+        del kept[used:]
+    collect_sequentially(network, layers, kept, forward_fn, settings.memory_gib * _GIB)
+    return len(kept)
+
+
+def _keeping(loaded: Iterable[tuple[int, Any]], kept: list[Any]) -> Iterator[tuple[int, Any]]:
+    for index, batch in loaded:
+        kept.append(batch)
+        yield index, batch
+
+
+def _check_result(layer: Layer) -> None:
+    if not all(bool(statistic.isfinite().all()) for statistic in layer.read()):
+        dtype = layer.module.running_var.dtype
+        raise ReestimationError(
+            f"The new statistics of {layer.name} are too large for {dtype}, the type of its buffers; the old ones are "
+            f"back. Keep batch-norms in float32."
+        )
+
+
+def _recommend(scatter: Scatter) -> None:
+    """Say that joint mode is the wrong one for such batches."""
+    advice = "mode='sequential' gives the statistics of the inference graph, whatever the batches are."
+    if scatter.batch_size < _SMALL_BATCH:
+        _warn(
+            f"Joint statistics of batches of {scatter.batch_size:.3g} images are biased: each layer is normalised with "
+            f"fewer than {_SMALL_BATCH} images. {advice}"
+        )
+    ratio, deviations = scatter.ratio()
+    if deviations > CHANCE:
+        _warn(
+            f"The batches are no random draws: at the first batch-norm their means vary {ratio:.3g} times as much as "
+            f"those of {scatter.batch_size:.3g} images drawn at random, {deviations:.3g} standard deviations above "
+            f"chance (more than {CHANCE:g} is called so). Shuffle the loader, or {advice}"
+        )
+
+
+def _say(used: int, num_batches: int, settings: Settings, error: float | None, skipped: dict[str, str]) -> None:
+    """Warn of everything that is not as it was asked for."""
+    tolerance = settings.tolerance
     if used < num_batches and tolerance is None:
         _warn(f"The loader gave {used} batches, fewer than num_batches={num_batches}; the result rests on {used}.")
+    if tolerance is not None and (error is None or error >= tolerance):
+        reached = "unknown, of a single batch" if error is None else f"{error:.3g}"
+        _warn(
+            f"The standard error of the statistics is {reached} with {used} batches, not below "
+            f"tolerance={tolerance:g}. Give more batches with num_batches."
+        )
     if skipped:
         reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
         _warn(f"Not re-estimated, so that they keep their statistics: {reasons}.")
-    saved = {name: _Saved(found[name], old[name], _read(found[name])) for name in reached}
-    layers = [_drift(name, statistics[name].depthwise, entry) for name, entry in saved.items()]
-    layers.sort(key=lambda layer: -layer.kl)
-    return Reestimation(layers, used, _standard_error(reached.values()), skipped, list(saved.values()))
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, QuantizationWarning, stacklevel=3)
-
-
-def _read(module: BatchNorm) -> tuple[Tensor, Tensor]:
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    return module.running_mean.clone(), module.running_var.clone()
-
-
-def check_settings(mode: str, estimator: str | None, tolerance: float | None) -> None:
-    """Raise ReestimationError for a mode, estimator or tolerance that does not exist."""
-    if mode not in _DEFAULT_ESTIMATOR:
-        raise ReestimationError(f"mode must be one of {tuple(_DEFAULT_ESTIMATOR)}, found {mode!r}.")
-    if estimator is not None and estimator not in ESTIMATORS:
-        raise ReestimationError(f"estimator must be one of {tuple(ESTIMATORS)} or None, found {estimator!r}.")
-    if tolerance is not None and not tolerance > 0:
-        raise ReestimationError(f"tolerance must be positive or None, found {tolerance!r}.")
-    if tolerance is not None and mode == "sequential":
-        raise ReestimationError("tolerance works in joint mode only; give num_batches in sequential mode.")
+    if is_first():
+        warnings.warn(message, QuantizationWarning, stacklevel=4)
 
 
 def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
@@ -199,32 +227,3 @@ def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
         else:
             found[name] = module
     return found, skipped
-
-
-def _write(module: nn.Module, mean: Tensor, variance: Tensor) -> None:
-    # copy_ keeps the buffer objects, which optimizers, DDP and compiled graphs may hold.
-    with torch.no_grad():
-        module.running_mean.copy_(mean)  # type: ignore[operator]
-        module.running_var.copy_(variance)  # type: ignore[operator]
-
-
-def _standard_error(statistics: Iterable[Statistics]) -> float | None:
-    errors = [e for s in statistics if (e := s.standard_error()) is not None]
-    return float(torch.cat(errors).quantile(0.95)) if errors else None
-
-
-def _drift(name: str, depthwise: bool, saved: _Saved) -> LayerDrift:
-    eps = float(saved.module.eps)  # type: ignore[arg-type]
-    (old_mean, old_var), (mean, var) = ([t.double() for t in pair] for pair in (saved.old, saved.new))
-    old_var, var = old_var + eps, var + eps
-    shift = (mean - old_mean) / old_var.sqrt()
-    ratio = var / old_var
-    kl = 0.5 * (ratio + shift.square() - 1 - ratio.log())
-    return LayerDrift(
-        name,
-        depthwise,
-        channels=mean.numel(),
-        mean_shift=float(shift.abs().mean()),
-        variance_ratio=math.exp(float(ratio.log().mean())),
-        kl=float(kl.mean()),
-    )

@@ -13,10 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from lightning_qbn import __version__
+from lightning_qbn.drift import Reestimation
 from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.folding import FoldingReport
 from lightning_qbn.insertion import InsertionReport
-from lightning_qbn.reestimation import Reestimation
 
 STAGES = {
     "float": "float",

@@ -23,13 +23,13 @@ def without_side_effects(modules: Iterable[nn.Module]) -> Iterator[None]:
         UnsupportedNetworkError: names what was changed.
     """
     attributes = {module: _contents(module.__dict__) for module in modules}
-    states = _random_states()
+    states = random_states()
     try:
         yield
     finally:
         changed = [name for module, old in attributes.items() for name in _restore(module, old)]
-        drew = not _equal(states, _random_states())
-        _set_random_states(states)
+        drew = not _equal(states, random_states())
+        set_random_states(states)
     if changed:
         raise UnsupportedNetworkError(f"forward sets the attribute {changed[0]!r}, which a graph would not do again")
     if drew:
@@ -94,11 +94,13 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """Of torch on the CPU, Python and numpy."""
     return torch.get_rng_state(), random.getstate(), np.random.get_state()
 
 
-def _set_random_states(states: tuple[Any, ...]) -> None:
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put back what `random_states` gave."""
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])

@@ -21,10 +21,11 @@ from lightning_qbn.callbacks.batches import (
 )
 from lightning_qbn.callbacks.order import check_order
 from lightning_qbn.callbacks.progress import progress
+from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
-from lightning_qbn.reestimation import Reestimation, check_settings, reestimate_batch_norms
+from lightning_qbn.reestimation import Settings, reestimate_batch_norms
 
 
 class BatchNormReestimation(Callback):
@@ -68,7 +69,7 @@ class BatchNormReestimation(Callback):
         seed: int = 0,
     ) -> None:
         check_num_batches(num_batches, ReestimationError)
-        check_settings(mode, estimator, tolerance)
+        Settings(mode, estimator, tolerance)
         if metric is not None and not isinstance(metric, Metric):
             raise ReestimationError(f"metric must be a torchmetrics Metric or None, found {type(metric).__name__}.")
         self.num_batches, self.mode, self.estimator, self.tolerance = num_batches, mode, estimator, tolerance

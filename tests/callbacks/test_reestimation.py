@@ -303,7 +303,6 @@ def test_network_without_batch_norm(make_trainer):
         ({"mode": "both"}, "mode"),
         ({"estimator": "median"}, "estimator"),
         ({"tolerance": 0.0}, "tolerance"),
-        ({"tolerance": 0.1, "mode": "sequential"}, "tolerance"),
         ({"metric": lambda x, y: 0}, "metric"),
     ],
 )
