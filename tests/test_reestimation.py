@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -502,3 +504,62 @@ def test_other_dtypes(network, batches, mode, dtype):
 def test_empty_batch_is_called_empty(network, batches, mode):
     with pytest.raises(ReestimationError, match=r"(?i)batch 1\b.*(empty|no value)|(empty|no value).*batch 1\b"):
         reestimate_batch_norms(network, [batches[0], batches[1][:0]], 2, mode)
+
+
+@modes
+@pytest.mark.parametrize("size", [15, 16])
+def test_small_batches_get_the_advice_to_use_sequential_mode(mode, size):
+    batches = list(torch.randn(5, size, 1, 8, 8))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reestimate_batch_norms(convnet(), [*batches, torch.randn(size // 2, 1, 8, 8)], 6, mode)  # the last one is short
+        reestimate_batch_norms(convnet(), batches, 5, mode)
+    texts = [str(w.message) for w in said]
+    assert len(texts) == (0 if mode == "sequential" else 2 if size == 15 else 1)
+    assert all("fewer than 16 images" in text and "mode='sequential'" in text for text in texts)
+    if texts:
+        assert texts[-1].startswith("Joint statistics of batches of 15 images" if size == 15 else "Joint statistics of")
+
+
+@modes
+def test_batches_that_are_no_random_draws_get_it_too(mode):
+    classes = [torch.randn(16, 1, 8, 8) + k % 2 for k in range(6)]
+    mixed = torch.cat(classes)[torch.randperm(96)].split(16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reestimate_batch_norms(convnet(), mixed, 6, mode)
+        assert not said
+        reestimate_batch_norms(convnet(), classes, 6, mode)
+    texts = [str(w.message) for w in said]
+    assert len(texts) == (mode == "joint")
+    if texts:
+        assert "means vary" in texts[0]
+        assert "16 images" in texts[0]
+        assert "mode='sequential'" in texts[0]
+
+
+def test_undo_finds_layers_that_were_replaced_and_says_when_it_cannot(network, batches):
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    result = reestimate_batch_norms(network, batches, 4)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)  # new objects under the old names, as a Trainer makes them
+    result.undo()
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    result.redo()
+    new = {k: v.clone() for k, v in network.state_dict().items()}
+    network.stem[1] = nn.Identity()
+    with pytest.raises(ReestimationError, match=r"stem\.1 is no batch-norm of the network any more"):
+        result.undo()
+    assert all(torch.equal(new[k], v) for k, v in network.state_dict().items())
+
+
+def test_random_numbers_that_a_loader_draws_come_back(batches):
+    def loader():
+        for x in batches:
+            yield x + 0.01 * (random.random() + float(np.random.rand()) + torch.rand(1))
+
+    network = convnet()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    for mode in MODES:
+        reestimate_batch_norms(network, loader(), 4, mode)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
