@@ -65,11 +65,11 @@ def calibrate_quantizers(
     of_weights = {join(name, "weight_quantizer") for name in layers}
     activations = {name: q for name, q in found.items() if name not in of_weights}
     with _restored_on_failure(found.values()):
-        used, seen = _observe(network, activations, layers.values(), batches, num_batches, forward_fn)
+        used, seen = observe(network, activations, layers.values(), batches, num_batches, forward_fn)
         for name, layer in layers.items():
             _calibrate_weight(name, layer)
         for name, values in ((name, values) for name, values in seen.items() if values):
-            activations[name].set_range(*_range(torch.cat(values, dim=1), activations[name]))
+            activations[name].set_range(*range_of(torch.cat(values, dim=1), activations[name]))
     unreached = tuple(name for name in activations if name not in seen)
     if unreached:
         warnings.warn(
@@ -94,7 +94,7 @@ def _restored_on_failure(found: Iterable[FakeQuantize]) -> Iterator[None]:
         raise
 
 
-def _observe(
+def observe(
     network: nn.Module,
     activations: dict[str, FakeQuantize],
     layers: Iterable[nn.Module],
@@ -162,10 +162,10 @@ def _calibrate_weight(name: str, layer: WeightQuantized) -> None:
     kept = [d for d, size in enumerate(shape) if size != 1]
     rows = view.movedim(kept, tuple(range(len(kept)))).reshape(quantizer.zero_point.numel(), -1)
     limit = max(_VALUES_OF_WEIGHT // rows.shape[0], _VALUES_PER_ROW)
-    quantizer.set_range(*_range(_thin(rows, limit), quantizer))
+    quantizer.set_range(*range_of(_thin(rows, limit), quantizer))
 
 
-def _range(rows: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
+def range_of(rows: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
     """Minimum and maximum by the quantizer's estimator, from one row of values for each of its scales."""
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if quantizer.range_estimator == "percentile":

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ReestimationError
+from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.operations import BatchNorm
 
-Statistics = tuple[Tensor, Tensor]
+Statistics: TypeAlias = tuple[Tensor, Tensor]
+State: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Reestimation:
         standard_error: 95th percentile over all channels of the statistics' relative standard error; None
             with a single batch.
         skipped: batch-norm to the reason why it kept its statistics.
+        recalibrated: names of the quantizers whose range was chosen anew.
     """
 
     def __init__(
@@ -71,16 +77,19 @@ class Reestimation:
         standard_error: float | None,
         skipped: dict[str, str],
         statistics: dict[str, tuple[Statistics, Statistics]],
+        ranges: Mapping[str, tuple[State, State]] = MappingProxyType({}),
     ) -> None:
         self.layers = layers
         self.num_batches = num_batches
         self.standard_error = standard_error
         self.skipped = skipped
+        self.recalibrated = tuple(ranges)
         self._network = network
         self._statistics = statistics
+        self._ranges = ranges
 
     def undo(self) -> None:
-        """Put the statistics of before back, exactly.
+        """Put the statistics of before back, and ranges that were chosen anew, exactly.
 
         Raises:
             ReestimationError: a batch-norm is not in the network any more.
@@ -88,7 +97,7 @@ class Reestimation:
         self._write(0)
 
     def redo(self) -> None:
-        """Put the re-estimated statistics in place again.
+        """Put what was estimated in place again.
 
         Raises:
             ReestimationError: a batch-norm is not in the network any more.
@@ -96,15 +105,31 @@ class Reestimation:
         self._write(1)
 
     def _write(self, which: int) -> None:
-        found = {name: module for name, module in self._network.named_modules() if isinstance(module, BatchNorm)}
-        gone = [name for name in self._statistics if name not in found]
+        found = dict(self._network.named_modules())
+        norms = {name: found[name] for name in self._statistics if isinstance(found.get(name), BatchNorm)}
+        holders = {name: found[name] for name in self._ranges if isinstance(found.get(name), FakeQuantize)}
+        gone = [name for name in (*self._statistics, *self._ranges) if name not in {**norms, **holders}]
         if gone:
+            kind = "batch-norm" if gone[0] in self._statistics else "quantizer"
             raise ReestimationError(
-                f"{gone[0]} is no batch-norm of the network any more, so its statistics cannot be put back. "
+                f"{gone[0]} is no {kind} of the network any more, so what it had cannot be put back. "
                 f"Undo before layers are replaced or folded in place; nothing has changed."
             )
         for name, pair in self._statistics.items():
-            write(found[name], pair[which])
+            write(norms[name], pair[which])
+        for name, states in self._ranges.items():
+            holders[name].load_state_dict(states[which])
+
+    def after(self, first: Reestimation, ranges: Mapping[str, tuple[State, State]]) -> Reestimation:
+        """This result as the last of three steps: what came before is the old state, and drift is counted from it."""
+        statistics = {name: (first._statistics[name][0], new) for name, (_, new) in self._statistics.items()}
+        depthwise = {layer.name: layer.depthwise for layer in self.layers}
+        found = dict(self._network.named_modules())
+        layers = [drift(name, depthwise[name], float(found[name].eps), *pair) for name, pair in statistics.items()]
+        layers.sort(key=lambda layer: -layer.kl)
+        return Reestimation(
+            self._network, layers, self.num_batches, self.standard_error, self.skipped, statistics, ranges
+        )
 
     def __enter__(self) -> Reestimation:
         """The result itself."""

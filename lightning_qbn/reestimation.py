@@ -15,6 +15,7 @@ from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches, load, quiet
 from lightning_qbn.ranks import is_first, on_all_ranks
+from lightning_qbn.recalibration import reestimate_around_ranges
 from lightning_qbn.scatter import CHANCE, Scatter
 from lightning_qbn.sequential import collect_sequentially
 from lightning_qbn.statistics import ESTIMATORS
@@ -62,6 +63,7 @@ def reestimate_batch_norms(
     tolerance: float | None = None,
     forward_fn: ForwardFn | None = None,
     memory_gib: float = 2.0,
+    recalibrate_ranges: bool = False,
 ) -> Reestimation:
     """Replace the running statistics of every batch-norm by those of a sample of training data.
 
@@ -90,6 +92,9 @@ def reestimate_batch_norms(
         forward_fn: ``forward_fn(network, batch)``; default: the network on the first element of the batch.
         memory_gib: sequential mode: GiB of activations that may wait between the layers. With less,
             batches go back to the inputs of blocks, or to their start, and compute what follows again.
+        recalibrate_ranges: re-estimate, then choose the ranges of activations anew that were observed and
+            not learned, then re-estimate again. It helps where they were chosen under stale statistics. The
+            batches are kept in memory.
 
     Returns:
         The drift of every layer, and the way back.
@@ -106,6 +111,23 @@ def reestimate_batch_norms(
     """
     check_num_batches(num_batches, ReestimationError)
     settings = Settings(mode, estimator, tolerance, memory_gib)
+    if not recalibrate_ranges:
+        return _reestimate(network, batches, num_batches, settings, forward_fn)
+    kept: list[Any] = []
+    with quiet(network):
+        on_all_ranks(lambda: kept.extend(batch for _, batch in load(batches, num_batches, ReestimationError)))
+    return reestimate_around_ranges(
+        network, kept, lambda again: _reestimate(network, again, num_batches, settings, forward_fn), forward_fn
+    )
+
+
+def _reestimate(
+    network: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int,
+    settings: Settings,
+    forward_fn: ForwardFn | None,
+) -> Reestimation:
     found, skipped = _find(network)
     if not found:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items()) or "it has no batch-norm"
