@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from lightning_qbn.errors import ReestimationError
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.operations import BatchNorm
+from lightning_qbn.plots import plot_drift
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Statistics: TypeAlias = tuple[Tensor, Tensor]
 State: TypeAlias = dict[str, Tensor]
@@ -103,6 +107,20 @@ class Reestimation:
             ReestimationError: a batch-norm is not in the network any more.
         """
         self._write(1)
+
+    def plot(self) -> Figure:
+        """The drift of all layers as a matplotlib figure: ``result.plot().savefig("drift.png")``."""
+        return plot_drift(self.layers)
+
+    def old_state(self) -> dict[str, Tensor]:
+        """What `undo` would put back, under the names of the network's ``state_dict``."""
+        statistics = {
+            f"{name}.{key}": value
+            for name, (old, _) in self._statistics.items()
+            for key, value in zip(("running_mean", "running_var"), old, strict=True)
+        }
+        ranges = {f"{name}.{key}": value for name, (old, _) in self._ranges.items() for key, value in old.items()}
+        return statistics | ranges
 
     def _write(self, which: int) -> None:
         found = dict(self._network.named_modules())

@@ -8,15 +8,19 @@ import platform
 from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 from lightning_qbn import __version__
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.folding import FoldingReport
 from lightning_qbn.insertion import InsertionReport
+from lightning_qbn.plots import plot_curve, plot_drift, to_svg
 
 STAGES = {
     "float": "float",
@@ -38,6 +42,8 @@ class RunRecord:
     float_bytes: int = 0
     insertion: InsertionReport | None = None
     reestimation: Reestimation | None = None
+    kept: bool | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
     folding: FoldingReport | None = None
     export: ExportReport | None = None
     context: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +63,9 @@ def to_dict(record: RunRecord) -> dict[str, Any]:
             "standard_error": reestimation.standard_error if reestimation else None,
             "layers": layers,
             "skipped": reestimation.skipped if reestimation else {},
+            "recalibrated": list(reestimation.recalibrated) if reestimation else [],
+            "kept": record.kept,
+            "curve": record.curve,
         },
         "folding": asdict(record.folding) if record.folding else None,
         "export": record.export.to_dict() if record.export else {"parity": None},
@@ -130,6 +139,7 @@ def to_html(record: RunRecord) -> str:
         )
         for d in data["reestimation"]["layers"]
     ]
+    curve = [(point["epoch"], _number(point["before"]), _number(point["after"])) for point in record.curve]
     in_float = list((data["quantization"] or {}).get("left_in_float", {}).items())
     refused = list((data["folding"] or {}).get("refused", {}).items())
     sections = [
@@ -140,6 +150,9 @@ def to_html(record: RunRecord) -> str:
             ("layer", "", "mean shift / sigma", "variance ratio", "KL"),
             drift,
         ),
+        _picture(plot_drift(record.reestimation.layers)) if record.reestimation and drift else "",
+        _section(f"{record.metric} after epochs", ("epochs", "before", "after re-estimation"), curve),
+        _picture(plot_curve(record.curve, record.metric)) if curve else "",
         _section("Left in float", ("what", "why"), in_float),
         _section("Batch-norm not folded", ("layer", "why"), refused),
         _section("Versions", ("package", "version"), list(data["versions"].items())),
@@ -156,6 +169,10 @@ def _section(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> 
     heads = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<h2>{escape(title)}</h2><div><table><tr>{heads}</tr>{lines}</table></div>"
+
+
+def _picture(figure: Figure) -> str:
+    return f"<div>{to_svg(figure)}</div>"
 
 
 def _digits(value: float | None) -> str:

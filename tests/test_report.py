@@ -113,11 +113,32 @@ def test_table_shows_the_control_run():
 
 def test_page_is_one_file():
     page = to_html(record())
-    for part in ("http://", "https://", "<script", "<link", "<img", "@import", "url("):
+    for part in ("http://", "https://", "<script", "<link", "<img", "@import"):
         assert part not in page
+    assert not re.search(r"url\((?!#)|href=\"(?!#)", page)  # the pictures refer to their own parts only
     for part in ("Accuracy (test)", "0.8000", "Drift of batch-norm statistics (3 batches)", "lightning_qbn", "seed"):
         assert part in page
     assert page.count("<table>") == page.count("</table>") == 3
+
+
+CURVE = [
+    {"epoch": 1, "before": 0.25, "after": 0.5, "num_batches": 3, "standard_error": 0.1},
+    {"epoch": 20, "before": 0.375, "after": None, "num_batches": 3, "standard_error": None},
+]
+
+
+def test_curve_over_epochs_and_whether_statistics_were_kept():
+    plain = to_dict(record(curve=CURVE, kept=False))["reestimation"]
+    assert plain["curve"] == CURVE
+    assert plain["kept"] is False
+    assert plain["recalibrated"] == []
+    page = to_html(record(curve=CURVE))
+    assert "Accuracy after epochs" in page
+    assert page.count("<svg") == page.count("</svg>") == 2
+    assert "<td>20</td><td>0.3750</td><td>-</td>" in page
+    assert to_html(record(curve=CURVE)).count("<svg") == 2
+    assert to_html(record()).count("<svg") == 1
+    assert to_html(record(reestimation=None)).count("<svg") == 0
 
 
 def test_text_from_outside_is_escaped():
@@ -135,6 +156,7 @@ def test_text_from_outside_is_escaped():
             reestimation=result,
             folding=FoldingReport(folded={}, refused={EVIL: EVIL}, flipped={}),
             context={"config": {EVIL: EVIL}},
+            curve=CURVE,
         )
     )
     assert "<b" not in page.replace("<body", "")

@@ -1,26 +1,22 @@
-"""Batches of a Trainer's loaders, moved as the Trainer moves them, without eating any of its own.
-
-Everything that Lightning offers no public way for is in this file.
-"""
+"""Batches of a Trainer's loaders, moved as the Trainer moves them, and a metric over them."""
 
 from __future__ import annotations
 
-import copy
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, training_stage, undisturbed
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
@@ -29,20 +25,24 @@ TargetFn: TypeAlias = Callable[[Any], Tensor]
 
 
 @contextmanager
-def sampled_train_batches(trainer: Trainer, num_batches: int, seed: int) -> Iterator[Iterator[Any]]:
-    """Batches of the train loader for a hook: on the device, augmented as in training.
+def sampled_train_batches(
+    trainer: Trainer, num_batches: int, seed: int, loader: Any | None = None
+) -> Iterator[Iterator[Any]]:
+    """Batches of the train loader, or of another one, for a hook: on the device, augmented as in training.
 
     The loader is made anew on the same data set, so that no training batch is used up, and all random
     state is put back, so that training sees the batches that it would have seen.
     """
     with (
-        _random_state_restored(),
-        _generators_restored(trainer.train_dataloader),
+        undisturbed(trainer.train_dataloader, loader),
+        training_stage(trainer),
         trainer.precision_plugin.forward_context(),
     ):
         torch.manual_seed(seed)
-        fresh = apply_to_collection(trainer.train_dataloader, DataLoader, _fresh)
-        yield _moved(trainer, CombinedLoader(fresh, "max_size_cycle"), num_batches)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        fresh = fresh_train_loader(trainer) if loader is None else fresh_loader(loader, "max_size_cycle")
+        yield _moved(trainer, fresh, num_batches)
 
 
 def available_train_batches(trainer: Trainer, wanted: int) -> int:
@@ -79,7 +79,7 @@ def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, A
 
 def _loader(datamodule: Any, hook: Callable[[], Any]) -> Any:
     """What a loader hook gives; where its data is not there yet, the data module prepares it first."""
-    with _random_state_restored():
+    with undisturbed():
         try:
             return hook()
         except (AttributeError, KeyError, TypeError):
@@ -156,45 +156,6 @@ def _moved(trainer: Trainer, loader: CombinedLoader, limit: int | None) -> Itera
         moved = trainer.precision_plugin.convert_input(batch)
         moved = module._on_before_batch_transfer(moved, dataloader_idx=index)
         yield trainer.strategy.batch_to_device(moved, dataloader_idx=index)
-
-
-def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same loader with workers of its own: persistent ones are in the middle of the Trainer's epoch."""
-    fresh = copy.copy(loader)
-    fresh.__dict__["persistent_workers"] = False  # a loader that was made refuses to be changed otherwise
-    return fresh
-
-
-@contextmanager
-def _random_state_restored() -> Iterator[None]:
-    """Lightning's `isolate_rng`, which does not put the state back after an exception."""
-    failure: BaseException | None = None
-    with isolate_rng():
-        try:
-            yield
-        except BaseException as error:  # noqa: BLE001  raised again below
-            failure = error
-    if failure is not None:
-        raise failure
-
-
-@contextmanager
-def _generators_restored(loaders: Any) -> Iterator[None]:
-    """Put back the state of the generators that loaders and samplers hold."""
-    generators: list[torch.Generator] = []
-
-    def note(loader: DataLoader[Any]) -> DataLoader[Any]:
-        owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-        generators.extend(g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator))
-        return loader
-
-    apply_to_collection(loaders, DataLoader, note)
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _overrides(source: Any, hook: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from lightning_qbn.errors import ConfigurationError
 
+Kind = TypeVar("Kind", bound=Callback)
 _RIGHT = "QuantizationAwareTraining, weight averaging, BatchNormReestimation, QuantizedExport, RunReport"
 _REASONS = {
     ("QuantizationAwareTraining", "averaging"): "averaging copies the network before it has its quantizers",
@@ -38,6 +41,12 @@ def check_order(trainer: Trainer) -> None:
                 f"{first} stands after {second} in the Trainer's callbacks, but has to stand before it: {reason}. "
                 f"Right order: {_RIGHT}."
             )
+
+
+def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    """The Trainer's callback of a class, or None."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _role(callback: Callback) -> str:

@@ -53,6 +53,7 @@ class QuantizationAwareTraining(Callback):
 
     Attributes:
         report: what was inserted, from ``setup`` on.
+        frozen_batch_norms: those that the schedule holds in eval mode now.
     """
 
     report: InsertionReport | None = None
@@ -72,7 +73,7 @@ class QuantizationAwareTraining(Callback):
         self.config = as_config(config)
         self.schedule = schedule or QATSchedule()
         self.num_batches, self.scale_lr, self.forward_fn, self.seed = num_batches, scale_lr, forward_fn, seed
-        self._frozen: list[nn.Module] = []
+        self.frozen_batch_norms: list[nn.Module] = []
         self._watch: ReachedQuantizers | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -188,12 +189,12 @@ class QuantizationAwareTraining(Callback):
             quantizer.enabled, quantizer.observing = phase.quantize, phase.move_scales
         if not phase.update_batch_norm:
             moving = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
-            self._frozen += [layer.eval() for layer in moving]
+            self.frozen_batch_norms += [layer.eval() for layer in moving]
 
     def _unfreeze_batch_norms(self, module: LightningModule) -> None:
-        for layer in self._frozen:
+        for layer in self.frozen_batch_norms:
             layer.train()
-        self._frozen = []
+        self.frozen_batch_norms = []
 
     def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
         wanted = available_train_batches(trainer, self.num_batches)

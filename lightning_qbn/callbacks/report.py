@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +17,7 @@ from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn, batches_on, evaluate, evaluation_loader, forward_of
 from lightning_qbn.callbacks.export import QuantizedExport
-from lightning_qbn.callbacks.order import check_order
+from lightning_qbn.callbacks.order import check_order, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
@@ -25,8 +26,6 @@ from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.passes import ForwardFn, default_forward
 from lightning_qbn.report import RunRecord, to_html, to_json, to_table
-
-Kind = TypeVar("Kind", bound=Callback)
 
 
 class RunReport(Callback):
@@ -106,6 +105,9 @@ class RunReport(Callback):
         reestimation = find(trainer, BatchNormReestimation)
         if reestimation is None or reestimation.result is None:
             return
+        if not reestimation.kept:  # undone: what was measured is the network as training left it
+            self.record.accuracy["before_reestimation"] = self.record.accuracy["after_reestimation"]
+            return
         reestimation.result.undo()
         try:
             self._measure("before_reestimation", trainer, pl_module)
@@ -147,18 +149,14 @@ class RunReport(Callback):
     def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
         quantization, reestimation = find(trainer, QuantizationAwareTraining), find(trainer, BatchNormReestimation)
         self.record.insertion = quantization.report if quantization else None
-        self.record.reestimation = reestimation.result if reestimation else None
+        if reestimation is not None:
+            self.record.reestimation, self.record.kept = reestimation.result, reestimation.kept
+            self.record.curve = [asdict(point) for point in reestimation.curve]
         self.record.folding = export.folding if export else None
         self.record.export = export.report if export else None
         self.record.context = self.context
         if quantization is not None:
             self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})
-
-
-def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
-    """The Trainer's callback of a class, or None."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 class _Session(nn.Module):

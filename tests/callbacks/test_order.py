@@ -136,8 +136,8 @@ def test_two_of_a_kind(name, other, make_trainer, tmp_path):
 
 
 def test_two_of_a_kind_is_our_error(make_trainer, tmp_path):
-    with pytest.raises(ConfigurationError, match="2 callbacks BatchNormReestimation; keep one"):
-        fit(["qat", "bn", "bn"], make_trainer, tmp_path)
+    with pytest.raises(ConfigurationError, match="2 callbacks QuantizedExport; keep one"):
+        fit(["qat", "export", "export"], make_trainer, tmp_path)
 
 
 def test_validation_does_not_ask_for_an_order(make_trainer, tmp_path):

@@ -1,0 +1,88 @@
+"""Pictures of what re-estimation did. matplotlib is imported when one is drawn: it takes half a second."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_qbn.drift import LayerDrift
+
+_DEPTHWISE, _OTHER, _INK = "#d1495b", "#30638e", "#808080"  # the ink is read on light and on dark paper
+_MOST_LAYERS = 40
+
+
+def plot_drift(layers: Sequence[LayerDrift]) -> Figure:
+    """Bars for each batch-norm, largest KL first: KL, mean shift and variance ratio between old and new statistics.
+
+    Of more than 40 layers the first 40 are drawn, and the title says so.
+    """
+    shown = sorted(layers, key=lambda layer: -layer.kl)[:_MOST_LAYERS]
+    figure = _figure(9, 1.2 + 0.22 * max(3, len(shown)))
+    panels = figure.subplots(1, 3, sharey=True)
+    values = ([x.kl for x in shown], [x.mean_shift for x in shown], [x.variance_ratio for x in shown])
+    titles = ("KL(new || old), nats", "mean shift, old sigmas", "new variance / old")
+    colours = [_DEPTHWISE if layer.depthwise else _OTHER for layer in shown]
+    for panel, numbers, title in zip(panels, values, titles, strict=True):
+        start = 1.0 if numbers is values[2] else 0.0
+        panel.barh(range(len(shown)), [number - start for number in numbers], left=start, color=colours, height=0.7)
+        panel.axvline(start, color=_INK, linewidth=0.8)
+        panel.set_title(title, fontsize=9)
+        _plain(panel)
+    panels[0].set_yticks(range(len(shown)), [_literal(layer.name) for layer in shown], fontsize=7)
+    panels[0].invert_yaxis()
+    more = f" (the first {len(shown)} of {len(layers)})" if len(layers) > len(shown) else ""
+    figure.suptitle(f"Drift of batch-norm statistics{more}; depthwise in red", fontsize=10, color=_INK)
+    return figure
+
+
+def plot_curve(points: Sequence[dict[str, Any]], metric: str) -> Figure:
+    """The metric against the epochs done, before re-estimation and after it."""
+    figure = _figure(6, 3.5)
+    panel = figure.subplots()
+    epochs = [point["epoch"] for point in points]
+    for key, label, colour in (
+        ("before", "before re-estimation", _DEPTHWISE),
+        ("after", "after re-estimation", _OTHER),
+    ):
+        panel.plot(epochs, [point[key] for point in points], "o-", color=colour, label=label)
+    panel.set_xticks(epochs)
+    panel.set_xlabel("epochs", color=_INK)
+    panel.set_ylabel(_literal(metric), color=_INK)
+    panel.legend(frameon=False, labelcolor=_INK)
+    _plain(panel)
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The picture as an ``<svg>`` element, the same text for the same picture."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": "lightning_qbn", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])  # known to every page that holds an <svg>
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure alive
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", r"\$")  # else it would be a formula
+
+
+def _plain(panel: Axes) -> None:
+    panel.tick_params(colors=_INK, labelsize=8)
+    panel.title.set_color(_INK)
+    for side, spine in panel.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_INK)
