@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, training_stage, undisturbed
+from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, in_stage, undisturbed
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
@@ -35,7 +36,7 @@ def sampled_train_batches(
     """
     with (
         undisturbed(trainer.train_dataloader, loader),
-        training_stage(trainer),
+        in_stage(trainer, RunningStage.TRAINING),
         trainer.precision_plugin.forward_context(),
     ):
         torch.manual_seed(seed)

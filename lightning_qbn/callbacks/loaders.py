@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -88,14 +89,14 @@ def undisturbed(*loaders: Any) -> Iterator[None]:
 
 
 @contextmanager
-def training_stage(trainer: Trainer) -> Iterator[None]:
-    """Hooks of a LightningModule that augment in training only do so, also while the Trainer validates."""
-    stage = trainer.state.stage
-    trainer.training = True
+def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
+    """What a LightningModule's hooks do to batches in training (augment) or in validation, whatever hook this is."""
+    present = trainer.state.stage
+    trainer.state.stage = stage
     try:
         yield
     finally:
-        trainer.state.stage = stage
+        trainer.state.stage = present
 
 
 @contextmanager

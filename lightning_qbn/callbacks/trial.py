@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
@@ -20,7 +21,7 @@ from lightning_qbn.callbacks.batches import (
     sampled_train_batches,
     validation_batches,
 )
-from lightning_qbn.callbacks.loaders import undisturbed
+from lightning_qbn.callbacks.loaders import in_stage, undisturbed
 from lightning_qbn.callbacks.order import find
 from lightning_qbn.callbacks.progress import progress
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
@@ -94,7 +95,11 @@ class Trial:
             )
             return None
         forward_fn = forward_of(module, self.forward_fn)
-        with undisturbed(trainer.val_dataloaders), trainer.precision_plugin.forward_context():
+        with (
+            undisturbed(trainer.val_dataloaders),
+            in_stage(trainer, RunningStage.VALIDATING),
+            trainer.precision_plugin.forward_context(),
+        ):
             return evaluate(module, validation_batches(trainer), self.metric, forward_fn, self.target_fn, shared=True)
 
     def is_too_much_worse(self, before: float, after: float, max_drop: float) -> bool:

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 from torch.utils.data import random_split as split_at_random
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -18,6 +28,7 @@ from lightning_qbn import (
     DataError,
     QATSchedule,
     QuantizationAwareTraining,
+    QuantizationWarning,
     QuantizedExport,
     RunReport,
 )
@@ -39,6 +50,46 @@ class Stream(IterableDataset):
         pictures = Pictures()
         for index in torch.randperm(len(pictures)).tolist():
             yield pictures[index]
+
+
+class Tape(IterableDataset):
+    """A stream that goes on where it stopped, and starts again at its end."""
+
+    def __init__(self) -> None:
+        self.pictures, self.position, self.weights = Pictures(), 0, torch.ones(3)
+
+    def __iter__(self) -> Any:
+        for _ in range(48):
+            yield self.pictures[self.position]
+            self.position = (self.position + 7) % 48
+
+
+class OwnSampler(Sampler):
+    """An order from a generator of Python, and a turn with every epoch."""
+
+    def __init__(self) -> None:
+        self.random, self.epoch = random.Random(5), 0
+
+    def __iter__(self) -> Any:
+        order = list(range(48))
+        self.random.shuffle(order)
+        self.epoch += 1
+        return iter(order[self.epoch :] + order[: self.epoch])
+
+    def __len__(self) -> int:
+        return 48
+
+
+class Noisy(Pictures):
+    """Draws its augmentation from generators of its own; the last number tells them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random, self.generator = np.random.default_rng(3), torch.Generator().manual_seed(3)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label, _ = super().__getitem__(index)
+        return image, label, int(self.random.integers(1000)) + int(torch.randint(1000, (), generator=self.generator))
 
 
 class OwnLoader(DataLoader):
@@ -72,6 +123,14 @@ LOADERS = {
         persistent_workers=True, generator=torch.Generator().manual_seed(7), **WORKERS
     ),
     "stream": lambda: DataLoader(Stream(), 8),
+    "stream with a position": lambda: DataLoader(Tape(), 8),
+    "own sampler": lambda: train_loader(sampler=OwnSampler()),
+    "own batch sampler": lambda: DataLoader(Pictures(), batch_sampler=BatchSampler(OwnSampler(), 8, drop_last=False)),
+    "distributed sampler": lambda: train_loader(
+        batch_size=4, sampler=DistributedSampler(Pictures(), num_replicas=2, rank=1, shuffle=True)
+    ),
+    "data with generators": lambda: DataLoader(Subset(Noisy(), range(48)), 8),
+    "combined": lambda: CombinedLoader({"one": shuffled(), "two": DataLoader(Pictures(), 4, shuffle=True)}, "min_size"),
     "loader of a subclass": lambda: OwnLoader(Pictures(), 8, shuffle=True),
     "loader of a subclass, persistent workers": lambda: OwnLoader(
         Pictures(), 8, shuffle=True, persistent_workers=True, **WORKERS
@@ -110,7 +169,13 @@ def sequence(make_trainer, loader: Any, *callbacks: Any, **settings: Any) -> lis
 def all_callbacks(directory: Any) -> list[Callback]:
     return [
         QuantizationAwareTraining(CONFIG, QATSchedule(float_epochs=1), num_batches=2, forward_fn=forward_first),
-        BatchNormReestimation(2, forward_fn=forward_first),
+        BatchNormReestimation(
+            2,
+            metric=MulticlassAccuracy(3),
+            forward_fn=forward_first,
+            before_validation=True,
+            at_epochs=[1, 2],
+        ),
         QuantizedExport(str(directory / "model.onnx"), ["encodings"], forward_fn=forward_first),
         RunReport(str(directory), MulticlassAccuracy(3), forward_fn=forward_first),
     ]
@@ -120,7 +185,7 @@ def all_callbacks(directory: Any) -> list[Callback]:
 def test_training_sees_the_batches_that_it_would_have_seen(name, make_trainer, tmp_path):
     alone = sequence(make_trainer, LOADERS[name](), max_epochs=3)
     watched = sequence(make_trainer, LOADERS[name](), *all_callbacks(tmp_path), max_epochs=3)
-    assert len(alone) >= 3 * 48 + 3
+    assert len(alone) >= 3 * 24 + 3
     assert watched == alone
 
 
@@ -242,6 +307,76 @@ def test_failing_sample_restores_random_state(make_trainer):
     failing, generator = Failing(), torch.Generator().manual_seed(5)
     make_trainer(failing, max_epochs=1).fit(Direct(), shuffled(generator=generator))
     assert failing.reached
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+def test_loaders_are_combined_as_the_trainer_combines_them(mode, make_trainer):
+    class Combined(Direct):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.batches = [*getattr(self, "batches", []), batch]
+            return super().training_step(batch["one"], batch_idx)
+
+    module = Combined()
+    loader = CombinedLoader({"one": train_loader(), "two": DataLoader(Pictures(16), 4)}, mode)
+
+    class Take(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            with sampled_train_batches(trainer, 100, 0) as batches:
+                self.batches = list(batches)
+
+    take = Take()
+    make_trainer(take, max_epochs=1).fit(module, loader)
+    assert len(take.batches) == len(module.batches) == {"min_size": 4, "max_size_cycle": 6, "max_size": 6}[mode]
+    for found, expected in zip(take.batches, module.batches, strict=True):
+        assert (found["two"] is None) == (expected["two"] is None)
+        assert found["two"] is None or torch.equal(found["two"][2], expected["two"][2])
+
+
+def test_stream_that_cannot_be_copied_is_said(make_trainer):
+    class Socket(IterableDataset):
+        def __init__(self) -> None:
+            self.source = (Pictures()[k % 48] for k in range(10**6))
+
+        def __iter__(self) -> Any:
+            return self.source
+
+    with pytest.warns(QuantizationWarning, match=r"Socket cannot be copied.*num_workers=1"):
+        make_trainer(BatchNormReestimation(2), max_epochs=1, limit_train_batches=3).fit(
+            Direct(), DataLoader(Socket(), 8)
+        )
+
+
+@pytest.mark.parametrize("moment", ["before validation", "at the end"])
+def test_training_batches_are_augmented_and_validation_batches_are_not(moment, make_trainer):
+    class Augmented(Direct):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.stages.append(self.trainer.training)
+            return batch
+
+    module = Augmented()
+    module.stages = []
+    callback = BatchNormReestimation(2, metric=MulticlassAccuracy(3), before_validation=moment == "before validation")
+
+    class Clear(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            module.stages.clear()
+
+    class Look(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            if not trainer.sanity_checking and moment == "before validation":
+                self.found = list(module.stages)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.found = self.found if moment == "before validation" else list(module.stages)
+
+    class ClearAtEnd(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            module.stages.clear()
+
+    look = Look()
+    make_trainer(Clear(), ClearAtEnd(), callback, look, max_epochs=1).fit(module, train_loader(), val_loader())
+    at_the_end = [False] * 3 + [True] * 2 + [False] * 3
+    assert look.found == ([True] * 2 if moment == "before validation" else at_the_end)
 
 
 class CountValidation(Callback):
