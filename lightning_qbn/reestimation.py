@@ -14,7 +14,7 @@ from lightning_qbn.drift import Reestimation, drift, write
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches, load, quiet
-from lightning_qbn.ranks import is_first, on_all_ranks
+from lightning_qbn.ranks import is_first, number, on_all_ranks
 from lightning_qbn.recalibration import reestimate_around_ranges
 from lightning_qbn.scatter import CHANCE, Scatter
 from lightning_qbn.sequential import collect_sequentially
@@ -150,7 +150,12 @@ def _reestimate(
     error = quantile_of_errors(layers[name] for name in reached)
     _say(used, num_batches, settings, error, skipped)
     statistics = {name: (old[name], layers[name].read()) for name in reached}
-    moved = [drift(name, layers[name].depthwise, float(found[name].eps), *pair) for name, pair in statistics.items()]
+    # Ranks may come with running statistics of their own; drift is told from those of rank 0, which ship.
+    shipped = old if number() == 1 else on_all_ranks(lambda: old)[0]
+    moved = [
+        drift(name, layers[name].depthwise, float(found[name].eps), shipped[name], new)
+        for name, (_, new) in statistics.items()
+    ]
     return Reestimation(network, sorted(moved, key=lambda layer: -layer.kl), used, error, skipped, statistics)
 
 

@@ -16,7 +16,14 @@ from torchmetrics import Metric
 from lightning_qbn.callbacks.batches import TargetFn
 from lightning_qbn.callbacks.keeping import log, save
 from lightning_qbn.callbacks.order import check_order
-from lightning_qbn.callbacks.trial import CurvePoint, Trial, check_epochs, check_gate, frozen_batch_norms
+from lightning_qbn.callbacks.trial import (
+    CurvePoint,
+    Trial,
+    check_epochs,
+    check_gate,
+    frozen_batch_norms,
+    share_statistics,
+)
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
@@ -170,6 +177,7 @@ class BatchNormReestimation(Callback):
         if not _has_batch_norm(pl_module):
             return
         self._put_back()
+        share_statistics(trainer, pl_module)
         self.before = self._trial.measure(trainer, pl_module)
         self.result = self._reestimate(trainer, pl_module)
         self.after = self._trial.measure(trainer, pl_module)

@@ -25,7 +25,7 @@ from lightning_qbn.callbacks.loaders import in_stage, undisturbed
 from lightning_qbn.callbacks.order import find
 from lightning_qbn.callbacks.progress import progress
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
-from lightning_qbn.drift import Reestimation
+from lightning_qbn.drift import Reestimation, write
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn
@@ -139,6 +139,19 @@ def frozen_batch_norms(trainer: Trainer, module: LightningModule) -> frozenset[s
     ours = set(quantization.frozen_batch_norms) if quantization is not None else set()
     found = module.named_modules()
     return frozenset(n for n, m in found if isinstance(m, BatchNorm) and not m.training and m not in ours)
+
+
+def share_statistics(trainer: Trainer, module: LightningModule) -> None:
+    """Give every rank the running statistics of rank 0, as DDP does before each batch: those are what ships."""
+    if trainer.world_size == 1:
+        return
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    held = [
+        (m, (m.running_mean, m.running_var)) for m in norms if m.running_mean is not None and m.running_var is not None
+    ]
+    shipped = trainer.strategy.broadcast([statistics for _, statistics in held], src=0)
+    for (norm, _), statistics in zip(held, shipped, strict=True):
+        write(norm, statistics)
 
 
 @contextmanager
