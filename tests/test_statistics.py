@@ -162,3 +162,14 @@ def test_moments_of_what_is_not_finite_are_not_finite(bad):
     x[1, 1, 2, 3] = bad
     _, mean, squares = moments(x)
     assert (mean + squares).isfinite().tolist() == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_moments_on_a_gpu_are_those_of_float64(offset):
+    x = torch.randn(16, 3, 40, 50, device="cuda") + offset
+    count, mean, squares = moments(x)
+    exact = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, exact.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(squares, exact.var(1, correction=0) * count, rtol=1e-6, atol=0)
