@@ -108,18 +108,24 @@ class Reestimation:
         """
         self._write(1)
 
+    def is_in_place(self) -> bool:
+        """Whether the network has exactly what was estimated."""
+        present = dict((*self._network.named_parameters(), *self._network.named_buffers()))
+        new = self.state(new=True)
+        return all(name in present and torch.equal(present[name].to(t.device), t) for name, t in new.items())
+
     def plot(self) -> Figure:
         """The drift of all layers as a matplotlib figure: ``result.plot().savefig("drift.png")``."""
         return plot_drift(self.layers)
 
-    def old_state(self) -> dict[str, Tensor]:
-        """What `undo` would put back, under the names of the network's ``state_dict``."""
+    def state(self, new: bool) -> dict[str, Tensor]:
+        """What `redo` would put in place, or `undo`, under the names of the network's ``state_dict``."""
         statistics = {
             f"{name}.{key}": value
-            for name, (old, _) in self._statistics.items()
-            for key, value in zip(("running_mean", "running_var"), old, strict=True)
+            for name, pair in self._statistics.items()
+            for key, value in zip(("running_mean", "running_var"), pair[new], strict=True)
         }
-        ranges = {f"{name}.{key}": value for name, (old, _) in self._ranges.items() for key, value in old.items()}
+        ranges = {f"{name}.{key}": value for name, pair in self._ranges.items() for key, value in pair[new].items()}
         return statistics | ranges
 
     def _write(self, which: int) -> None:

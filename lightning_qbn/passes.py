@@ -25,6 +25,17 @@ def default_forward(network: nn.Module, batch: Any) -> Any:
     Raises:
         DataError: the batch has another form.
     """
+    first = input_of(batch)
+    device = next((t.device for t in (*network.parameters(), *network.buffers())), first.device)
+    return network(first.to(device))
+
+
+def input_of(batch: Any) -> Tensor:
+    """The tensor that a batch is, or that it starts with.
+
+    Raises:
+        DataError: the batch has another form.
+    """
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(first, Tensor):
         found = f"a {type(batch).__name__}"
@@ -36,8 +47,7 @@ def default_forward(network: nn.Module, batch: Any) -> Any:
             f"A batch is {found}; expected a tensor, or a tuple or list whose first element is the input tensor. "
             f"Pass forward_fn, such as: lambda network, batch: network(batch['image'])."
         )
-    device = next((t.device for t in (*network.parameters(), *network.buffers())), first.device)
-    return network(first.to(device))
+    return first
 
 
 def check_num_batches(num_batches: object, error: type[QuantizationError] = ConfigurationError) -> None:

@@ -39,13 +39,14 @@ class Settings:
     memory_gib: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.mode not in _DEFAULT_ESTIMATOR:
+        if not isinstance(self.mode, str) or self.mode not in _DEFAULT_ESTIMATOR:
             raise ReestimationError(f"mode must be one of {tuple(_DEFAULT_ESTIMATOR)}, found {self.mode!r}.")
-        if self.estimator is not None and self.estimator not in ESTIMATORS:
+        known = isinstance(self.estimator, str) and self.estimator in ESTIMATORS
+        if self.estimator is not None and not known:
             raise ReestimationError(f"estimator must be one of {tuple(ESTIMATORS)} or None, found {self.estimator!r}.")
-        if self.tolerance is not None and not self.tolerance > 0:
+        if self.tolerance is not None and not (_is_number(self.tolerance) and self.tolerance > 0):
             raise ReestimationError(f"tolerance must be positive or None, found {self.tolerance!r}.")
-        if not self.memory_gib >= 0:
+        if not (_is_number(self.memory_gib) and self.memory_gib >= 0):
             raise ReestimationError(f"memory_gib must be 0 or more, found {self.memory_gib!r}.")
 
     @property
@@ -159,6 +160,10 @@ def _reestimate(
     return Reestimation(network, sorted(moved, key=lambda layer: -layer.kl), used, error, skipped, statistics)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _collect(
     network: nn.Module,
     layers: dict[str, Layer],
@@ -249,6 +254,8 @@ def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
             continue
         if module.running_mean is None or module.running_var is None:
             skipped[name] = "keeps no running statistics"
+        elif not module.track_running_stats:
+            skipped[name] = "is frozen: its track_running_stats is False"
         elif network.training and not module.training:
             skipped[name] = "is frozen: in eval mode inside a network in train mode"
         else:

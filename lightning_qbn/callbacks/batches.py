@@ -12,15 +12,23 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, in_stage, undisturbed
+from lightning_qbn.callbacks.loaders import (
+    fresh_loader,
+    fresh_train_loader,
+    in_stage,
+    undisturbed,
+    validation_loader,
+    without_logging,
+)
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
+from lightning_qbn.side_effects import modes_restored
 
 TargetFn: TypeAlias = Callable[[Any], Tensor]
 
@@ -35,15 +43,19 @@ def sampled_train_batches(
     state is put back, so that training sees the batches that it would have seen.
     """
     with (
-        undisturbed(trainer.train_dataloader, loader),
+        undisturbed(trainer, trainer.train_dataloader, loader),
         in_stage(trainer, RunningStage.TRAINING),
+        without_logging(trainer.lightning_module),
         trainer.precision_plugin.forward_context(),
     ):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        fresh = fresh_train_loader(trainer) if loader is None else fresh_loader(loader, "max_size_cycle")
-        yield _moved(trainer, fresh, num_batches)
+        if loader is None:
+            batches = ((batch, index) for batch, _, index in iter(fresh_train_loader(trainer)))
+        else:
+            batches = ((batch, 0) for batch in fresh_loader(loader))
+        yield _moved(trainer, islice(batches, num_batches), training=True)
 
 
 def available_train_batches(trainer: Trainer, wanted: int) -> int:
@@ -54,6 +66,9 @@ def available_train_batches(trainer: Trainer, wanted: int) -> int:
 
 def has_validation(trainer: Trainer) -> bool:
     """Whether the Trainer has a validation loader; one of a stream has no length, so no truth value either."""
+    if trainer.val_dataloaders is None and trainer.state.fn == TrainerFn.FITTING and trainer.enable_validation:
+        with undisturbed(None):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()  # no validation has come yet
     loaders = trainer.val_dataloaders
     return loaders is not None and not (isinstance(loaders, list | tuple | dict) and not loaders)
 
@@ -62,10 +77,10 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
     """Batches of the validation loaders for a hook, on the device; none without such a loader."""
     if not has_validation(trainer):
         return iter(())
-    loader = CombinedLoader(trainer.val_dataloaders, "sequential")
+    loader = validation_loader(trainer)
     iter(loader)  # it takes limits once it has been started
     loader.limits = trainer.num_val_batches
-    return _moved(trainer, loader, None)
+    return _moved(trainer, ((batch, index) for batch, _, index in iter(loader)), training=False)
 
 
 def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, Any]:
@@ -80,7 +95,7 @@ def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, A
 
 def _loader(datamodule: Any, hook: Callable[[], Any]) -> Any:
     """What a loader hook gives; where its data is not there yet, the data module prepares it first."""
-    with undisturbed():
+    with undisturbed(None):
         try:
             return hook()
         except (AttributeError, KeyError, TypeError):
@@ -151,12 +166,18 @@ def default_target(batch: Any) -> Tensor:
     )
 
 
-def _moved(trainer: Trainer, loader: CombinedLoader, limit: int | None) -> Iterator[Any]:
+def _moved(trainer: Trainer, batches: Iterable[tuple[Any, int]], training: bool) -> Iterator[Any]:
+    """Batches with the number of their loader, as the module's hooks and the strategy move them.
+
+    Some hooks augment by ``self.training``, or with a module inside: these have the mode of the batches.
+    """
     module = trainer.lightning_module
-    for batch, _, index in islice(iter(loader), limit):
-        moved = trainer.precision_plugin.convert_input(batch)
-        moved = module._on_before_batch_transfer(moved, dataloader_idx=index)
-        yield trainer.strategy.batch_to_device(moved, dataloader_idx=index)
+    for batch, index in batches:
+        with modes_restored(module, training):
+            moved = trainer.precision_plugin.convert_input(batch)
+            moved = module._on_before_batch_transfer(moved, dataloader_idx=index)
+            moved = trainer.strategy.batch_to_device(moved, dataloader_idx=index)
+        yield moved
 
 
 def _overrides(source: Any, hook: str) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lightning_qbn.drift import Reestimation
 
@@ -36,3 +39,26 @@ def save(trainer: Trainer) -> None:
     keeper = trainer.checkpoint_callback
     if isinstance(keeper, ModelCheckpoint) and keeper.dirpath and (keeper.best_model_path or keeper.last_model_path):
         trainer.save_checkpoint(Path(keeper.dirpath) / "reestimated.ckpt", weights_only=False)
+
+
+def write_to_checkpoints(module: LightningModule, shipped: Callable[[LightningModule], dict[str, Tensor]]) -> None:
+    """Put these values into every checkpoint's ``state_dict``.
+
+    By the module's own hook: those of callbacks are not called for checkpoints of weights alone, and weight averaging
+    exchanges the ``state_dict`` in its hook.
+    """
+    leave_checkpoints(module)
+    own = module.on_save_checkpoint
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        own(checkpoint)
+        for name, value in shipped(module).items():
+            if name in checkpoint["state_dict"]:
+                checkpoint["state_dict"][name] = value.clone()
+
+    module.__dict__["on_save_checkpoint"] = on_save_checkpoint
+
+
+def leave_checkpoints(module: LightningModule) -> None:
+    """Take back `write_to_checkpoints`."""
+    module.__dict__.pop("on_save_checkpoint", None)

@@ -6,15 +6,13 @@ Everything that Lightning offers no public way for, about loaders, is in this fi
 from __future__ import annotations
 
 import copy
-import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -22,63 +20,79 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_qbn.callbacks.generators import generators_restored
 from lightning_qbn.errors import QuantizationWarning
 
 
 def fresh_train_loader(trainer: Trainer) -> CombinedLoader:
     """A loader on the same data as the Trainer's, with samplers and workers of its own."""
+    return _combined(trainer.train_dataloader, trainer.fit_loop, "max_size_cycle", _fresh)
+
+
+def validation_loader(trainer: Trainer) -> CombinedLoader:
+    """The Trainer's validation loaders, combined as it combines them."""
+    return _combined(trainer.val_dataloaders, trainer.fit_loop.epoch_loop.val_loop, "sequential", lambda loader: loader)
+
+
+def _combined(loaders: Any, loop: Any, mode: Any, make: Callable[[Any], Any]) -> CombinedLoader:
     # The Trainer shows its loaders, but not how it combines them: users may give a CombinedLoader.
-    combined = trainer.fit_loop._combined_loader
-    return fresh_loader(trainer.train_dataloader, combined._mode if combined is not None else "max_size_cycle")
+    combined = loop._combined_loader
+    return CombinedLoader(apply_to_collection(loaders, DataLoader, make), mode if combined is None else combined._mode)
 
 
-def fresh_loader(loaders: Any, mode: Any) -> CombinedLoader:
-    """One loader, or several in a list or dict, each made anew."""
-    return CombinedLoader(apply_to_collection(loaders, DataLoader, _fresh), mode)
+def fresh_loader(loader: Any) -> Iterable[Any]:
+    """Batches of a user's own loader, of several in a dict or CombinedLoader, or of any iterable of batches."""
+    if isinstance(loader, CombinedLoader):
+        loader = CombinedLoader(apply_to_collection(loader.iterables, DataLoader, _fresh), loader._mode)
+        return (batch for batch, _, _ in iter(loader))
+    if isinstance(loader, Mapping):
+        loader = CombinedLoader(apply_to_collection(loader, DataLoader, _fresh), "max_size_cycle")
+        return (batch for batch, _, _ in iter(loader))
+    return _fresh(loader) if isinstance(loader, DataLoader) else loader
 
 
 def _fresh(loader: DataLoader[Any]) -> DataLoader[Any]:
     fresh = copy.copy(loader)
     # A loader that was made refuses to be changed otherwise. Persistent workers are in the middle of an epoch.
     fresh.__dict__.update(persistent_workers=False, _iterator=None)
+    if any(hasattr(value, "__next__") for value in fresh.__dict__.values()):
+        fresh.__class__ = DataLoader  # a subclass that keeps one iterator for good: it is training's
     # In a worker a stream is a copy anyway; here, what is read from it is gone.
-    stream = isinstance(loader.dataset, IterableDataset) and loader.num_workers == 0
-    if stream:
-        fresh.__dict__["dataset"] = _copied_stream(loader.dataset)
+    if isinstance(loader.dataset, IterableDataset) and loader.num_workers == 0:
+        held = vars(loader.dataset).values()
+        shared = {id(value): value for value in held if isinstance(value, Tensor | np.ndarray)}
+        fresh.__dict__["dataset"] = _copied(loader.dataset, shared, "Open what it reads in __iter__")
     memo = {id(loader.dataset): fresh.dataset}
-    try:
-        # Together, because a batch sampler holds its sampler, and both may hold the loader's generator.
-        copies = copy.deepcopy({k: v for k, v in loader.__dict__.items() if k in _WITH_STATE}, memo)
-    except Exception:  # noqa: BLE001  whatever a user's sampler holds; its generators are put back at least
-        return fresh
-    fresh.__dict__.update(copies)
+    # Together, because a batch sampler holds its sampler, and both may hold the loader's generator.
+    state = {name: loader.__dict__[name] for name in _WITH_STATE if name in loader.__dict__}
+    fresh.__dict__.update(_copied(state, memo, "Make its sampler one that copy.deepcopy can copy"))
     return fresh
 
 
 _WITH_STATE = ("sampler", "batch_sampler", "generator")
 
 
-def _copied_stream(dataset: Any) -> Any:
-    """A stream that can be read without this one moving on; its tensors and arrays are shared."""
-    held = vars(dataset).values()
-    memo: dict[int, Any] = {id(value): value for value in held if isinstance(value, Tensor | np.ndarray)}
+def _copied(value: Any, memo: dict[int, Any], advice: str) -> Any:
     try:
-        return copy.deepcopy(dataset, memo)
-    except Exception as cause:  # noqa: BLE001  generators, sockets, files
+        return copy.deepcopy(value, memo)
+    except Exception as cause:  # noqa: BLE001  generators, sockets, files, locks
+        kinds = value.values() if isinstance(value, dict) else [value]
+        names = ", ".join(dict.fromkeys(type(kind).__name__ for kind in kinds if kind is not None))
         warnings.warn(
-            f"{type(dataset).__name__} cannot be copied ({cause}), so batches that are sampled from it are lost to "
-            f"training. Open what it reads in __iter__, or load it with num_workers=1.",
+            f"{names} cannot be copied ({cause}), so batches that are sampled in between may be lost to training, or "
+            f"change its order. {advice}, or load with num_workers=1.",
             QuantizationWarning,
             stacklevel=2,
         )
-        return dataset
+        return value
 
 
 @contextmanager
-def undisturbed(*loaders: Any) -> Iterator[None]:
-    """Random state comes back: the global one, that of loaders and samplers, and that of data sets and transforms."""
+def undisturbed(trainer: Trainer | None, *loaders: Any) -> Iterator[None]:
+    """Random state comes back: the global one, and every generator that loaders, modules and transforms hold."""
     failure: BaseException | None = None
-    with _generators_restored(loaders), isolate_rng():
+    module = [] if trainer is None else [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
+    with generators_restored([*loaders, *module]), isolate_rng():
         # isolate_rng does not put the state back after an exception.
         try:
             yield
@@ -100,52 +114,13 @@ def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
 
 
 @contextmanager
-def _generators_restored(loaders: Any) -> Iterator[None]:
-    """Put back the generators that loaders, samplers, data sets and their transforms hold as attributes."""
-    found: dict[int, Any] = {}
-
-    def note(loader: DataLoader[Any]) -> DataLoader[Any]:
-        inner = getattr(loader.batch_sampler, "sampler", None)
-        owners = [loader, loader.sampler, loader.batch_sampler, inner, *_datasets(loader.dataset)]
-        for value in (value for owner in owners for value in getattr(owner, "__dict__", {}).values()):
-            if isinstance(value, _GENERATORS):
-                found[id(value)] = value
-        return loader
-
-    apply_to_collection(loaders, DataLoader, note)
-    states = [(generator, _state(generator)) for generator in found.values()]
+def without_logging(module: LightningModule) -> Iterator[None]:
+    """``self.log`` does nothing: passes of ours are no training steps, and most hooks refuse it."""
+    own = module.__dict__.get("log")
+    module.__dict__["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        for generator, state in states:
-            _set_state(generator, state)
-
-
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-
-
-def _datasets(dataset: Any) -> Iterator[Any]:
-    """A data set, those inside it (Subset), and their transforms."""
-    seen: set[int] = set()
-    while dataset is not None and id(dataset) not in seen:
-        seen.add(id(dataset))
-        yield dataset
-        yield getattr(dataset, "transform", None)
-        dataset = getattr(dataset, "dataset", None)
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
+        del module.__dict__["log"]
+        if own is not None:
+            module.__dict__["log"] = own

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,16 +15,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn
-from lightning_qbn.callbacks.keeping import log, save
+from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds
+from lightning_qbn.callbacks.keeping import leave_checkpoints, log, save, write_to_checkpoints
 from lightning_qbn.callbacks.order import check_order
-from lightning_qbn.callbacks.trial import (
-    CurvePoint,
-    Trial,
-    check_epochs,
-    check_gate,
-    frozen_batch_norms,
-    share_statistics,
-)
+from lightning_qbn.callbacks.trial import CurvePoint, Trial, frozen_batch_norms, share_statistics
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
@@ -91,36 +86,32 @@ class BatchNormReestimation(Callback):
         loader: Iterable[Any] | None = None,
     ) -> None:
         check_num_batches(num_batches, ReestimationError)
-        if metric is not None and not isinstance(metric, Metric):
-            raise ReestimationError(f"metric must be a torchmetrics Metric or None, found {type(metric).__name__}.")
+        flags = {"before_validation": before_validation, "recalibrate_ranges": recalibrate_ranges}
+        check_kinds(metric, seed, loader, flags, {"forward_fn": forward_fn, "target_fn": target_fn})
         check_gate(max_drop, metric)
-        check_epochs(tuple(at_epochs or ()), metric)
         settings = Settings(mode, estimator, tolerance, memory_gib)
         self._trial = Trial(num_batches, settings, recalibrate_ranges, metric, forward_fn, target_fn, seed, loader)
-        self.before_validation, self.at_epochs, self.max_drop = before_validation, tuple(at_epochs or ()), max_drop
+        self.before_validation, self.max_drop = before_validation, max_drop
+        self.at_epochs = check_epochs(at_epochs, metric)
         self.curve: list[CurvePoint] = []
-        self._live: Reestimation | None = None  # in place since the last validation, to be undone
-        self._of_training: dict[str, Tensor] = {}  # of the checkpoint of a run that is resumed
-        self._frozen: frozenset[str] | None = None
+        self._validated: Reestimation | None = None  # with what the last validation saw, if no batch came after it
+        self._of_training: dict[str, Tensor] = {}  # from the checkpoint of a run that is resumed
+        self._frozen: frozenset[str] = frozenset()
+        self._batch_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the order of callbacks, and whether there is a batch-norm at all."""
         if stage != "fit":
             return
         check_order(trainer)
-        self.result = self.before = self.after = self.kept = self._live = self._frozen = None
-        self.curve, self._of_training = [], {}
-        if not _has_batch_norm(pl_module):
-            rank_zero_warn(
-                f"{type(pl_module).__name__} has no batch-norm: BatchNormReestimation has nothing to do. "
-                f"Training and quantization go on.",
-                category=QuantizationWarning,
-            )
+        self.result = self.before = self.after = self.kept = self._validated = None
+        self.curve, self._of_training, self._frozen, self._batch_checked = [], {}, frozenset(), False
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if self.before_validation and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if averaging and (self.before_validation or self.at_epochs):
             raise ConfigurationError(
-                "before_validation re-estimates the weights in training, but WeightAveraging validates averaged ones. "
-                "Use one of them; at the end of training the average is re-estimated in any case."
+                "before_validation and at_epochs re-estimate the weights in training, but WeightAveraging validates "
+                "and ships averaged ones. Leave them out: the average is re-estimated at the end of training."
             )
         late = [epoch for epoch in self.at_epochs if 0 <= (trainer.max_epochs or -1) < epoch]
         if late:
@@ -128,67 +119,95 @@ class BatchNormReestimation(Callback):
                 f"at_epochs names {late}, but training ends after max_epochs={trainer.max_epochs}.",
                 category=QuantizationWarning,
             )
+        write_to_checkpoints(pl_module, self._shipped)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with the module complete: is there anything to do, and is it known how?"""
+        if _has_batch_norm(pl_module):
+            check_forward(pl_module, self._trial.forward_fn)
+            return
+        rank_zero_warn(
+            f"{type(pl_module).__name__} has no batch-norm: BatchNormReestimation has nothing to do. "
+            f"Training and quantization go on.",
+            category=QuantizationWarning,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with restored state: a checkpoint of a validated network holds what training goes on with."""
-        present = pl_module.state_dict()
-        for name, value in self._of_training.items():
-            present[name].copy_(value)
+        present = dict((*pl_module.named_parameters(), *pl_module.named_buffers()))
+        with torch.no_grad():
+            for name, value in self._of_training.items():
+                present[name].copy_(value)
         self._of_training = {}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before an epoch, in which users may freeze batch-norms."""
-        self._frozen = None
+        # The epoch of a checkpoint that was written in its last batch does not end again.
+        if trainer.current_epoch in self.at_epochs and trainer.current_epoch not in {p.epoch for p in self.curve}:
+            self._record(trainer, pl_module, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before a batch: training goes on with its own statistics."""
-        self._put_back()
-        if self._frozen is None:
+        """Called before a batch, after which the last validation tells nothing about the weights any more."""
+        self._validated = None
+        if not self._batch_checked and _has_batch_norm(pl_module):
+            self._trial.check_batch(pl_module, batch)
+            self._batch_checked = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after a batch: in a validation all batch-norms are in eval mode, so note which the user froze."""
+        if self.before_validation:
             self._frozen = frozen_batch_norms(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before a validation, which sees the statistics that would ship."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if self.before_validation and fitting and _has_batch_norm(pl_module):
-            self._put_back()
-            self._live = self._reestimate(trainer, pl_module)
+            self._validated = self._trial.reestimate(trainer, pl_module, self._frozen)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after a validation: the module has its own statistics again, checkpoints get the others."""
+        if self._validated is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._validated.is_in_place():
+            self._validated.undo()
+            return
+        self._validated = None
+        rank_zero_warn(
+            "Another callback exchanged batch-norm statistics during validation, so those that were re-estimated for "
+            "it are not in checkpoints. Put it after BatchNormReestimation, or leave out before_validation.",
+            category=QuantizationWarning,
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after an epoch and its validation: a point of the curve, where one is wanted."""
-        epoch = trainer.current_epoch + 1
-        if epoch not in self.at_epochs or not _has_batch_norm(pl_module):
-            return
-        # What a validation of this epoch left in place is what we want, and goes into the checkpoint.
-        result = self._live
-        if result is not None:
-            result.undo()
-        before = self._trial.measure(trainer, pl_module)
-        if result is not None:
-            result.redo()
-        found = result or self._reestimate(trainer, pl_module)
-        after = self._trial.measure(trainer, pl_module)
-        if result is None:
-            found.undo()
-        self.curve.append(CurvePoint(epoch, before, after, found.num_batches, found.standard_error))
-        log(trainer, found, before, after)
+        if trainer.current_epoch + 1 in self.at_epochs:
+            self._record(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch, with device, loaders and processes still there."""
         if not _has_batch_norm(pl_module):
             return
-        self._put_back()
         share_statistics(trainer, pl_module)
         self.before = self._trial.measure(trainer, pl_module)
-        self.result = self._reestimate(trainer, pl_module)
-        self.after = self._trial.measure(trainer, pl_module)
-        self.kept = self._judge()
-        log(trainer, self.result, self.before, self.after)
+        result = self._trial.reestimate(trainer, pl_module, frozen_batch_norms(trainer, pl_module))
+        try:
+            self.after = self._trial.measure(trainer, pl_module)
+        except BaseException:
+            result.undo()
+            raise
+        self.result, self._validated = result, None
+        self.kept = self._trial.passes(self.before, self.after, self.max_drop)
+        if not self.kept:
+            result.undo()
+        log(trainer, result, self.before, self.after)
         if self.kept:
             save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when training breaks off: the statistics of training are back."""
-        self._put_back()
+        if self._validated is not None and self._validated.is_in_place():
+            self._validated.undo()
+        self._validated = None
+        leave_checkpoints(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last: a resumed run that had nothing left to train never came to its training's end."""
@@ -199,49 +218,49 @@ class BatchNormReestimation(Callback):
                 category=QuantizationWarning,
             )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called last in every stage."""
+        leave_checkpoints(pl_module)
+
     def state_dict(self) -> dict[str, Any]:
-        """The curve, and the statistics of training where others are in place."""
-        training = {} if self._live is None else self._live.old_state()
+        """The curve, and the statistics of training where the checkpoint holds others."""
+        training = {} if self._validated is None else self._validated.state(new=False)
         return {"curve": [asdict(point) for point in self.curve], "training": training}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over from the run that is resumed."""
-        self.curve = [CurvePoint(**point) for point in state_dict["curve"]]
-        self._of_training = state_dict["training"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint: take over from a run that is resumed."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is not None and trainer.state.fn == TrainerFn.FITTING:
+            self.curve = [CurvePoint(**point) for point in saved["curve"]]
+            self._of_training = saved["training"]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called for every checkpoint: weight averaging puts the statistics of its own copy into it."""
-        if self.result is None:
+    def _shipped(self, module: LightningModule) -> dict[str, Tensor]:
+        """What a checkpoint holds in the place of the module's own: what was validated, or is there at the end.
+
+        At the end it is the module's own, but weight averaging puts the statistics of its copy into the file.
+        """
+        if self._validated is not None:
+            return self._validated.state(new=True)
+        if self.result is None or not self.kept:
+            return {}
+        present = dict(module.named_buffers())
+        return {name: present[name].detach() for name in self.result.state(new=True) if name in present}
+
+    def _record(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        """Add a point to the curve; the module is as it was."""
+        if not _has_batch_norm(module):
             return
-        for name, buffer in pl_module.named_buffers():
-            if name in checkpoint["state_dict"] and name.endswith(("running_mean", "running_var")):
-                checkpoint["state_dict"][name] = buffer.detach().clone()
-
-    def _reestimate(self, trainer: Trainer, module: LightningModule) -> Reestimation:
-        frozen = self._frozen
-        if frozen is None:
-            frozen = frozen_batch_norms(trainer, module) if module.training else frozenset()
-        return self._trial.reestimate(trainer, module, frozen)
-
-    def _put_back(self) -> None:
-        if self._live is not None:
-            self._live.undo()
-            self._live = None
-
-    def _judge(self) -> bool:
-        """Undo what made the network too much worse, and say so. Every rank has the same numbers."""
-        assert self.result is not None
-        if self.max_drop is None or self.before is None or self.after is None:
-            return True
-        if not self._trial.is_too_much_worse(self.before, self.after, self.max_drop):
-            return True
-        self.result.undo()
-        rank_zero_warn(
-            f"Re-estimation was undone: {type(self._trial.metric).__name__} went from {self.before:.4g} to "
-            f"{self.after:.4g}, worse by more than max_drop={self.max_drop:g}. The statistics of training are back.",
-            category=QuantizationWarning,
-        )
-        return False
+        before = self._trial.measure(trainer, module)
+        result = self._validated  # after an epoch's own validation, that is what we want
+        if result is None:
+            result = self._trial.reestimate(trainer, module, frozen_batch_norms(trainer, module))
+        try:
+            result.redo()
+            after = self._trial.measure(trainer, module)
+        finally:
+            result.undo()
+        self.curve.append(CurvePoint(epoch, before, after, result.num_batches, result.standard_error))
+        log(trainer, result, before, after)
 
 
 def _has_batch_norm(module: LightningModule) -> bool:

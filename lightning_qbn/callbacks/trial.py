@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from lightning_qbn.callbacks.batches import (
     sampled_train_batches,
     validation_batches,
 )
-from lightning_qbn.callbacks.loaders import in_stage, undisturbed
+from lightning_qbn.callbacks.loaders import in_stage, undisturbed, without_logging
 from lightning_qbn.callbacks.order import find
 from lightning_qbn.callbacks.progress import progress
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.drift import Reestimation, write
-from lightning_qbn.errors import QuantizationWarning, ReestimationError
+from lightning_qbn.errors import QuantizationWarning
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.passes import ForwardFn
+from lightning_qbn.passes import ForwardFn, default_forward, input_of
 from lightning_qbn.reestimation import Settings, reestimate_batch_norms
 from lightning_qbn.side_effects import modes_restored
 
@@ -84,6 +85,11 @@ class Trial:
                 recalibrate_ranges=self.recalibrate_ranges,
             )
 
+    def check_batch(self, module: LightningModule, batch: Any) -> None:
+        """Raise in the first training batch, not after the last, where batches have a form that needs forward_fn."""
+        if self.forward_fn is None and forward_of(module, None) is default_forward:
+            input_of(batch)
+
     def measure(self, trainer: Trainer, module: LightningModule) -> float | None:
         """The metric on the validation loader, over all ranks; None without one of the two."""
         if self.metric is None:
@@ -96,41 +102,30 @@ class Trial:
             return None
         forward_fn = forward_of(module, self.forward_fn)
         with (
-            undisturbed(trainer.val_dataloaders),
+            undisturbed(trainer, trainer.val_dataloaders),
             in_stage(trainer, RunningStage.VALIDATING),
+            without_logging(module),
             trainer.precision_plugin.forward_context(),
         ):
             return evaluate(module, validation_batches(trainer), self.metric, forward_fn, self.target_fn, shared=True)
 
-    def is_too_much_worse(self, before: float, after: float, max_drop: float) -> bool:
-        """Whether the metric fell by more than ``max_drop``, or rose where lower is better; or is no number."""
+    def passes(self, before: float | None, after: float | None, max_drop: float | None) -> bool:
+        """Whether the statistics may stay; else that is said. Every rank has the same numbers.
+
+        A metric that was no number before cannot be worse; one that is none any more is.
+        """
+        if max_drop is None or before is None or after is None or not math.isfinite(before):
+            return True
         assert self.metric is not None
         drop = before - after if self.metric.higher_is_better else after - before
-        return not drop <= max_drop
-
-
-def check_gate(max_drop: float | None, metric: Metric | None) -> None:
-    """Raise ReestimationError where a gate could never be judged."""
-    if max_drop is None:
-        return
-    if isinstance(max_drop, bool) or not max_drop >= 0:
-        raise ReestimationError(f"max_drop must be 0 or more, or None, found {max_drop!r}.")
-    if metric is None:
-        raise ReestimationError(f"max_drop={max_drop} needs a metric to judge by: pass metric=...")
-    if metric.higher_is_better is None:
-        raise ReestimationError(
-            f"max_drop={max_drop} needs a metric that says which way is better, and {type(metric).__name__} does not: "
-            f"its higher_is_better is None."
+        if drop <= max_drop:
+            return True
+        rank_zero_warn(
+            f"Re-estimation was undone: {type(self.metric).__name__} went from {before:.4g} to {after:.4g}, worse by "
+            f"more than max_drop={max_drop:g}. The statistics of training are back.",
+            category=QuantizationWarning,
         )
-
-
-def check_epochs(at_epochs: tuple[int, ...], metric: Metric | None) -> None:
-    """Raise ReestimationError where the curve over epochs could not be made."""
-    wrong = [e for e in at_epochs if isinstance(e, bool) or not isinstance(e, int) or e < 1]
-    if wrong:
-        raise ReestimationError(f"at_epochs counts the epochs done, from 1 on; found {wrong[0]!r}.")
-    if at_epochs and metric is None:
-        raise ReestimationError("at_epochs records a metric before and after re-estimation: pass metric=...")
+        return False
 
 
 def frozen_batch_norms(trainer: Trainer, module: LightningModule) -> frozenset[str]:

@@ -34,7 +34,7 @@ class Watch(Callback):
     def __init__(self, spoil: bool) -> None:
         self.spoil, self.validated = spoil, []
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self.validated.append(statistics(pl_module))
 

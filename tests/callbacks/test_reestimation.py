@@ -120,7 +120,7 @@ def test_batch_form_that_is_not_understood(missing, make_trainer):
     del calls[missing]
     callback = BatchNormReestimation(4, metric=MulticlassAccuracy(3), **calls)
     loaders = DataLoader(DictPictures(), 8), DataLoader(DictPictures(24, 1), 8)
-    with pytest.raises(DataError, match=missing):
+    with pytest.raises(QuantizationError, match=missing):
         make_trainer(callback, max_epochs=1).fit(FromDicts(), *loaders)
 
 

@@ -40,7 +40,7 @@ def shuffled(**settings: Any) -> DataLoader:
 
 
 class Watch(Callback):
-    """Statistics at the end of each validation and at each batch."""
+    """Statistics in each validation and at each batch."""
 
     def __init__(self) -> None:
         self.validated: list[Any] = []
@@ -50,7 +50,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.trained.append(statistics(pl_module))
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self.validated.append(statistics(pl_module))
             by_hand = copy.deepcopy(pl_module)
@@ -82,7 +82,7 @@ def test_validation_sees_the_new_statistics_and_training_its_own(settings, make_
 @pytest.mark.parametrize("at_epoch_end", [None, True, False])
 def test_checkpoint_holds_what_was_validated_and_is_chosen_by_it(at_epoch_end, make_trainer, tmp_path):
     class Losses(Callback):
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             pictures = Pictures(24, seed=1)
             with torch.no_grad():
                 output = pl_module.eval()(pictures.images)
@@ -164,7 +164,7 @@ def test_batch_norm_that_the_schedule_froze_does_not(make_trainer):
 
 def test_exception_leaves_the_statistics_of_training(make_trainer):
     class Fail(Callback):
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if not trainer.sanity_checking:
                 raise KeyError("late")
 

@@ -1,0 +1,67 @@
+"""What `BatchNormReestimation` is given, looked at before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torchmetrics import Metric
+
+from lightning_qbn.errors import ReestimationError
+from lightning_qbn.insertion import outermost_networks
+
+
+def check_gate(max_drop: float | None, metric: Metric | None) -> None:
+    """Raise ReestimationError where a gate could never be judged."""
+    if max_drop is None:
+        return
+    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
+        raise ReestimationError(f"max_drop must be 0 or more, or None, found {max_drop!r}.")
+    if metric is None:
+        raise ReestimationError(f"max_drop={max_drop} needs a metric to judge by: pass metric=...")
+    if metric.higher_is_better is None:
+        raise ReestimationError(
+            f"max_drop={max_drop} needs a metric that says which way is better, and {type(metric).__name__} does not: "
+            f"its higher_is_better is None."
+        )
+
+
+def check_epochs(at_epochs: Iterable[int] | None, metric: Metric | None) -> tuple[int, ...]:
+    """The epochs as a tuple; raise ReestimationError where the curve over them could not be made."""
+    if at_epochs is None:
+        return ()
+    if isinstance(at_epochs, str | bytes) or not isinstance(at_epochs, Iterable):
+        raise ReestimationError(f"at_epochs must be a list of epochs or None, found {at_epochs!r}.")
+    epochs = tuple(at_epochs)
+    wrong = [e for e in epochs if isinstance(e, bool) or not isinstance(e, int) or e < 1]
+    if wrong:
+        raise ReestimationError(f"at_epochs counts the epochs done, whole numbers from 1 on; found {wrong[0]!r}.")
+    if epochs and metric is None:
+        raise ReestimationError("at_epochs records a metric before and after re-estimation: pass metric=...")
+    return epochs
+
+
+def check_kinds(metric: Any, seed: Any, loader: Any, flags: dict[str, Any], functions: dict[str, Any]) -> None:
+    """Raise ReestimationError where an argument is of the wrong kind altogether."""
+    if metric is not None and not isinstance(metric, Metric):
+        raise ReestimationError(f"metric must be a torchmetrics Metric or None, found {type(metric).__name__}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ReestimationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
+    if loader is not None and not isinstance(loader, Iterable):
+        raise ReestimationError(f"loader must be an iterable of batches or None, found {type(loader).__name__}.")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ReestimationError(f"{name} must be True or False, found {value!r}.")
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise ReestimationError(f"{name} must be a function or None, found {value!r}.")
+
+
+def check_forward(module: LightningModule, forward_fn: Any) -> None:
+    """Raise ReestimationError where it is not known what to call."""
+    if forward_fn is None and type(module).forward is LightningModule.forward and len(outermost_networks(module)) != 1:
+        raise ReestimationError(
+            f"{type(module).__name__} has no forward, so it is not known how a batch passes through it. Give it "
+            f"one, or pass forward_fn, such as: lambda module, batch: module.network(batch[0])."
+        )
