@@ -150,6 +150,7 @@ def to_html(record: RunRecord) -> str:
             ("layer", "", "mean shift / sigma", "variance ratio", "KL"),
             drift,
         ),
+        _UNDONE if record.kept is False else "",
         _picture(plot_drift(record.reestimation.layers)) if record.reestimation and drift else "",
         _section(f"{record.metric} after epochs", ("epochs", "before", "after re-estimation"), curve),
         _picture(plot_curve(record.curve, record.metric)) if curve else "",
@@ -192,6 +193,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_UNDONE = "<p>Re-estimation was undone: the metric fell by more than max_drop. The drift is that of what was tried.</p>"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -111,6 +111,13 @@ def batches_on(device: torch.device, loader: Any) -> Iterator[Any]:
         yield move_data_to_device(batch, device)
 
 
+def transferred(trainer: Trainer, loader: Any, device: torch.device) -> Iterator[Any]:
+    """All batches of loaders, by the hooks of the Trainer's module, for a module on this device."""
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "sequential")
+    for batch in _moved(trainer, ((batch, index) for batch, _, index in iter(combined)), training=False):
+        yield move_data_to_device(batch, device)
+
+
 def forward_of(module: LightningModule, forward_fn: ForwardFn | None) -> ForwardFn:
     """The user's function, or one that calls the module, or its only network where it has no forward."""
     if forward_fn is not None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.batches import TargetFn, batches_on, evaluate, evaluation_loader, forward_of
+from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
+from lightning_qbn.callbacks.loaders import in_stage, undisturbed, without_logging
 from lightning_qbn.callbacks.order import check_order, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
@@ -120,10 +122,10 @@ class RunReport(Callback):
             return
         export = find(trainer, QuantizedExport)
         if export is not None and export.folded is not None and self._loader is not None:
-            self._measure("folded", None, export.folded)
+            self._measure("folded", trainer, export.folded)
             if "onnx" in export.files:
                 with running_file(export.folded, export.network, export.files["onnx"]):
-                    self._measure("onnx", None, export.folded)
+                    self._measure("onnx", trainer, export.folded)
         self._gather(trainer, export)
         write_text(self.directory / "report.json", to_json(self.record))
         write_text(self.directory / "report.html", to_html(self.record))
@@ -135,16 +137,18 @@ class RunReport(Callback):
             Console().print(to_table(self.record))
         self._finished = False
 
-    def _measure(self, stage: str, trainer: Trainer | None, module: LightningModule) -> None:
+    def _measure(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
+        """Measure a module, the Trainer's own or a copy of it, on batches that the Trainer's module transfers."""
+        running = RunningStage.TESTING if self.record.measured_on == "test" else RunningStage.VALIDATING
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        batches = batches_on(device, self._loader)
-        if trainer is None:
-            value = evaluate(module, batches, self.metric, self._forward, self.target_fn)
-        else:
-            converted = (trainer.precision_plugin.convert_input(batch) for batch in batches)
-            with trainer.precision_plugin.forward_context():
-                value = evaluate(module, converted, self.metric, self._forward, self.target_fn)
-        self.record.accuracy[stage] = value
+        with (
+            undisturbed(trainer, self._loader),
+            in_stage(trainer, running),
+            without_logging(module),
+            trainer.precision_plugin.forward_context() if module is trainer.lightning_module else nullcontext(),
+        ):
+            batches = transferred(trainer, self._loader, device)
+            self.record.accuracy[stage] = evaluate(module, batches, self.metric, self._forward, self.target_fn)
 
     def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
         quantization, reestimation = find(trainer, QuantizationAwareTraining), find(trainer, BatchNormReestimation)
@@ -167,7 +171,9 @@ class _Session(nn.Module):
         self.loaded = session(path)
 
     def forward(self, *args: Any) -> Any:
-        outputs = run_session(self.loaded, tuple(x for x in args if isinstance(x, Tensor)))
+        # The file is of float32, whatever the precision of training.
+        tensors = (x.float() if x.is_floating_point() else x for x in args if isinstance(x, Tensor))
+        outputs = run_session(self.loaded, tuple(tensors))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
