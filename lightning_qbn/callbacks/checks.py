@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
-from lightning_qbn.errors import ReestimationError
+from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
 from lightning_qbn.insertion import outermost_networks
 
 
@@ -56,6 +58,22 @@ def check_kinds(metric: Any, seed: Any, loader: Any, flags: dict[str, Any], func
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise ReestimationError(f"{name} must be a function or None, found {value!r}.")
+
+
+def check_run(trainer: Trainer, before_validation: bool, at_epochs: tuple[int, ...]) -> None:
+    """Raise ConfigurationError where other weights would be validated; warn of epochs that never come."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if (before_validation or at_epochs) and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise ConfigurationError(
+            "before_validation and at_epochs re-estimate the weights in training, but WeightAveraging validates "
+            "and ships averaged ones. Leave them out: the average is re-estimated at the end of training."
+        )
+    late = [epoch for epoch in at_epochs if 0 <= (trainer.max_epochs or -1) < epoch]
+    if late:
+        rank_zero_warn(
+            f"at_epochs names {late}, but training ends after max_epochs={trainer.max_epochs}.",
+            category=QuantizationWarning,
+        )
 
 
 def check_forward(module: LightningModule, forward_fn: Any) -> None:

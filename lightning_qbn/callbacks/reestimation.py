@@ -8,19 +8,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn
-from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds
+from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds, check_run
 from lightning_qbn.callbacks.keeping import leave_checkpoints, log, save, write_to_checkpoints
 from lightning_qbn.callbacks.order import check_order
 from lightning_qbn.callbacks.trial import CurvePoint, Trial, frozen_batch_norms, share_statistics
 from lightning_qbn.drift import Reestimation
-from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
+from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
 from lightning_qbn.reestimation import Settings
@@ -106,19 +105,7 @@ class BatchNormReestimation(Callback):
         check_order(trainer)
         self.result = self.before = self.after = self.kept = self._validated = None
         self.curve, self._of_training, self._frozen, self._batch_checked = [], {}, frozenset(), False
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
-        if averaging and (self.before_validation or self.at_epochs):
-            raise ConfigurationError(
-                "before_validation and at_epochs re-estimate the weights in training, but WeightAveraging validates "
-                "and ships averaged ones. Leave them out: the average is re-estimated at the end of training."
-            )
-        late = [epoch for epoch in self.at_epochs if 0 <= (trainer.max_epochs or -1) < epoch]
-        if late:
-            rank_zero_warn(
-                f"at_epochs names {late}, but training ends after max_epochs={trainer.max_epochs}.",
-                category=QuantizationWarning,
-            )
+        check_run(trainer, self.before_validation, self.at_epochs)
         write_to_checkpoints(pl_module, self._shipped)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
