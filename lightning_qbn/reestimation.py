@@ -89,7 +89,7 @@ def reestimate_batch_norms(
             network that calls a batch-norm several times a pass costs a truncated pass for each layer.
         estimator: ``"mean_of_batches"`` (default of joint) or ``"population"`` (default of sequential).
         tolerance: use only as many batches as it takes for ``standard_error`` to fall below it, at least 5.
-            Sequential mode finds their number in a joint pass.
+            Sequential mode finds their number in a plain pass more.
         forward_fn: ``forward_fn(network, batch)``; default: the network on the first element of the batch.
         memory_gib: sequential mode: GiB of activations that may wait between the layers. With less,
             batches go back to the inputs of blocks, or to their start, and compute what follows again.
@@ -139,25 +139,22 @@ def _reestimate(
     try:
         with quiet(network):
             used = _collect(network, layers, batches, num_batches, settings, forward_fn)
-            for name in (reached := [name for name, layer in layers.items() if len(layer.series)]):
-                _check_result(layers[name])
+        reached = {name: layer for name, layer in layers.items() if len(layer.series)}
+        for name, layer in layers.items():
+            _check_result(layer) if name in reached else write(layer.module, old[name])
+        skipped |= {name: "was reached by no batch" for name in found if name not in reached}
+        error = quantile_of_errors(reached.values())
+        _say(used, num_batches, settings, error, skipped)  # inside: a warning may be an error
+        # Ranks may come with running statistics of their own; drift is told from those of rank 0, which ship.
+        shipped = old if number() == 1 else on_all_ranks(lambda: old)[0]
     except BaseException:
         for name, bn in found.items():
             write(bn, old[name])
         raise
-    for name in found.keys() - set(reached):
-        write(found[name], old[name])
-    skipped |= {name: "was reached by no batch" for name in found if name not in reached}
-    error = quantile_of_errors(layers[name] for name in reached)
-    _say(used, num_batches, settings, error, skipped)
-    statistics = {name: (old[name], layers[name].read()) for name in reached}
-    # Ranks may come with running statistics of their own; drift is told from those of rank 0, which ship.
-    shipped = old if number() == 1 else on_all_ranks(lambda: old)[0]
-    moved = [
-        drift(name, layers[name].depthwise, float(found[name].eps), shipped[name], new)
-        for name, (_, new) in statistics.items()
-    ]
-    return Reestimation(network, sorted(moved, key=lambda layer: -layer.kl), used, error, skipped, statistics)
+    new = {name: layer.read() for name, layer in reached.items()}
+    moved = [drift(n, layer.depthwise, float(found[n].eps), shipped[n], new[n]) for n, layer in reached.items()]
+    moved.sort(key=lambda layer: -layer.kl)
+    return Reestimation(network, moved, used, error, skipped, {name: (old[name], new[name]) for name in reached})
 
 
 def _is_number(value: object) -> bool:

@@ -563,3 +563,13 @@ def test_random_numbers_that_a_loader_draws_come_back(batches):
         reestimate_batch_norms(network, loader(), 4, mode)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@modes
+def test_warning_that_is_an_error_changes_nothing(network, batches, mode):
+    before = everything(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(QuantizationWarning):
+            reestimate_batch_norms(network, batches, 9, mode)
+    assert_as_before(network, before)
