@@ -28,7 +28,9 @@ def run(folder: Path, mode: str, spoil: bool) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize(("mode", "spoil"), [("sequential", False), ("joint", True)])
+@pytest.mark.parametrize(
+    ("mode", "spoil"), [pytest.param("sequential", False, marks=pytest.mark.slow), ("joint", True)]
+)
 def test_one_set_of_statistics_and_one_decision(mode, spoil, tmp_path):
     first, second = run(tmp_path, mode, spoil)
     assert_same(first["after"], second["after"])
