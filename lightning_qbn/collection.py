@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +38,13 @@ class Layer:
     def add(self, x: Tensor, batch: int) -> tuple[int, Tensor, Tensor]:
         """Add the input of one call, of shape (batch, channels, ...); its `moments`."""
         found = moments(x)
+        channels = self.read()[0].numel() if not len(self.series) else len(self.series.means[0])
+        if len(found[1]) != channels:
+            raise ReestimationError(
+                f"{self.name} holds statistics of {channels} channels and gets an input of shape {tuple(x.shape)} in "
+                f"batch {batch}: dimension 1 is not that of channels. Freeze it with eval(), or give it its input as "
+                f"torch does."
+            )
         if found[0]:  # a head that gets no region of an image says nothing
             self.series.add(batch, *found)
         return found
@@ -53,7 +59,8 @@ class Layer:
         if count == 1:
             raise ReestimationError(
                 f"{self.name} gets one value per channel in batch {batch}, which has no variance to normalise with. "
-                f"Use larger batches, or mode='sequential', which normalises with running statistics."
+                f"Use larger batches, or, where it is called once a pass, mode='sequential', which normalises with "
+                f"running statistics."
             )
         if count:
             self.write(mean, squares / count)
@@ -90,18 +97,18 @@ class Layer:
 
 
 class Jointly:
-    """One pass: every batch-norm normalises with the statistics of its batch, as in training, or as it is."""
+    """One pass: every batch-norm normalises with the statistics of its batch, as in training.
+
+    One value per channel has no statistics: an error, unless ``strict`` is off and only the spread is wanted.
+    """
 
     def __init__(
-        self, network: nn.Module, layers: dict[str, Layer], forward_fn: ForwardFn | None, normalise: bool = True
+        self, network: nn.Module, layers: dict[str, Layer], forward_fn: ForwardFn | None, strict: bool = True
     ) -> None:
-        self.network, self.layers, self.forward_fn, self.normalise = network, layers, forward_fn, normalise
+        self.network, self.layers, self.forward_fn, self.strict = network, layers, forward_fn, strict
         self.scatter = Scatter()
         self._batch = 0
-        self._calls: Counter[str] = Counter()
-        self._shape: torch.Size | None = None  # of the first layer's input in this pass, and in the first pass
-        self._first_shape: torch.Size | None = None
-        self._once = False  # the first pass called every layer once: what follows the last one need not run
+        self._calls: dict[str, None] = {}  # layers that this pass has reached, in order
 
     def collect(self, batches: Iterable[tuple[int, Any]], tolerance: float | None) -> int:
         """Pass the batches, up to the tolerance. Returns how many; the layers know the calls of all ranks then."""
@@ -114,12 +121,7 @@ class Jointly:
         with watched(self.network, self.layers, self._before):
             for self._batch, batch in batches:
                 self._calls.clear()
-                self._shape = None
-                with suppress(_Enough):
-                    forward(self.network, batch, self._batch, self.forward_fn, ReestimationError)
-                if self._batch == 0:
-                    self._first_shape = self._shape
-                    self._once = len(self._calls) == len(self.layers) and set(self._calls.values()) == {1}
+                forward(self.network, batch, self._batch, self.forward_fn, ReestimationError)
                 for name in self._calls:
                     self.layers[name].check()
                 if tolerance is not None and self._batch + 1 >= _FEWEST_BATCHES and self._error() < tolerance:
@@ -127,23 +129,19 @@ class Jointly:
         return self._batch + 1
 
     def _before(self, layer: Layer, x: Tensor) -> None:
-        if self._shape is None:
-            self._shape = x.shape
+        if not self._calls:
             refuse_empty(layer, x, self._batch)
             self.scatter.add(x)
-        self._calls[layer.name] += 1
-        layer.add_and_normalise(x, self._batch) if self.normalise else layer.add(x, self._batch)
-        if self._once and self._shape == self._first_shape and len(self._calls) == len(self.layers):
-            raise _Enough
+        self._calls[layer.name] = None
+        if self.strict or x.numel() != x.shape[1]:
+            layer.add_and_normalise(x, self._batch)
+        else:
+            layer.add(x, self._batch)
 
     def _error(self) -> float:
         """Standard error over all ranks, as far as this one can tell without asking them."""
         error = quantile_of_errors(self.layers.values())
         return math.inf if error is None else error / number() ** 0.5
-
-
-class _Enough(BaseException):
-    """The rest of the pass is not needed; no Exception, which a forward might catch."""
 
 
 def refuse_empty(layer: Layer, x: Tensor, batch: int) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, greenlet
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_qbn.collection import Layer, refuse_empty, watched
 from lightning_qbn.errors import ReestimationError
-from lightning_qbn.passes import ForwardFn, forward
+from lightning_qbn.interleaving import StateOfPasses
+from lightning_qbn.passes import ForwardFn, copied, forward
 from lightning_qbn.waiting import Place, Scout
 
 OUT_OF_STEP = ""  # in the place of a layer's name: a layer was called twice, or by some batches before others
@@ -38,9 +38,10 @@ class Lockstep:
         self._network, self._layers, self._batches, self._forward_fn = network, layers, batches, forward_fn
         self._places: dict[str, Place] = {}
         self._in_step = True
+        self.has_state = False  # passes leave something behind, or enter contexts
         self._index = 0  # of the batch that runs
         self._calls: list[list[str]] = [[] for _ in batches]
-        self._shapes: set[torch.Size] = set()
+        self._inside: list[list[nn.Module]] = [[] for _ in batches]  # modules that a batch can go back to
         self._passes = [greenlet(self._pass) for _ in batches]
         for running in self._passes:
             running.gr_context = copy_context()
@@ -52,18 +53,29 @@ class Lockstep:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for running in self._passes:
-            if not running.dead:
-                running.throw(GreenletExit)
-        self._stack.close()
+        try:
+            for running in reversed(self._passes):  # contexts are left in the opposite order of entering them
+                with suppress(BaseException):  # a forward may catch even this
+                    if not running.dead:
+                        running.throw(GreenletExit)
+        finally:
+            self._stack.close()
 
     def scout(self, memory: float) -> None:
         """Pass the first batch as it is, to see in which order layers are called and how much waiting keeps."""
         scout = Scout(self._network, self._layers)
-        with watched(self._network, self._layers, scout.visit), scout.watching():
-            forward(self._network, self._batches[0], 0, self._forward_fn, ReestimationError)
+
+        def visit(layer: Layer, x: Tensor) -> None:
+            state.look()
+            scout.visit(layer, x)
+
+        with watched(self._network, self._layers, visit), scout.watching():
+            state = StateOfPasses(self._network, self._forward_fn)
+            forward(self._network, copied(self._batches[0]), 0, self._forward_fn, ReestimationError)
+            state.look()
         self._places = {visit.name: visit.place(memory / len(self._batches)) for visit in scout.visits}
-        self._in_step = len(self._places) == len(scout.visits)
+        self.has_state = state.found
+        self._in_step = len(self._places) == len(scout.visits) and not state.found
         self._stack.enter_context(watched(self._network, self._layers, self._before_layer))
         for module in {place for place in self._places.values() if place is not None}:
             handle = module.register_forward_pre_hook(self._before_module, with_kwargs=True)
@@ -73,8 +85,6 @@ class Lockstep:
         """Let every batch go on to the next layer without statistics; the names of the layers where they wait."""
         if not self._in_step:
             return {OUT_OF_STEP}
-        if len(self._shapes) == 1 and all(layer.done for layer in self._layers.values()):
-            return set()  # what follows the last layer need not run
         with suppress(_OutOfStep):
             return {name for index in range(len(self._passes)) if (name := self._go_on(index)) is not None}
         return {OUT_OF_STEP}
@@ -94,13 +104,12 @@ class Lockstep:
             raise _OutOfStep
         if not calls:
             refuse_empty(layer, x, self._index)
-            self._shapes.add(x.shape)
         calls.append(layer.name)
         if layer.done:
             return
         layer.add(x, self._index)
         place = self._places.get(layer.name)
-        if place is not None:
+        if place is not None and place in self._inside[self._index]:
             raise _GoBack(place, layer.name)
         self._wait(layer.name)
 
@@ -121,13 +130,17 @@ class Lockstep:
     def _run_inside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Run a module up to a layer that sends batches back to it; None where there is none."""
         # Copies: an operation in place would change what the next time finds.
-        args, kwargs = apply_to_collection((args, kwargs), Tensor, Tensor.clone)
+        args, kwargs = copied((args, kwargs))
+        inside = self._inside[self._index]
+        inside.append(module)
         try:
             module.forward(*args, **kwargs)
         except _GoBack as back:
             if back.place is not module:
                 raise
             return back.name
+        finally:
+            inside.remove(module)
         return None
 
     def _wait(self, name: str) -> None:

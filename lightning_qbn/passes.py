@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ConfigurationError, DataError, QuantizationError
@@ -54,6 +55,11 @@ def check_num_batches(num_batches: object, error: type[QuantizationError] = Conf
     """Raise unless ``num_batches`` is a whole number of at least 1."""
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise error(f"num_batches must be a whole number of at least 1, found {num_batches!r}.")
+
+
+def copied(values: Any) -> Any:
+    """Copies of the tensors in nested collections, for a pass that others of the same values follow."""
+    return apply_to_collection(values, Tensor, Tensor.clone)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lightning_qbn.drift import Reestimation, State
 from lightning_qbn.errors import QuantizationWarning
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.layers import weight_layers
-from lightning_qbn.passes import ForwardFn
+from lightning_qbn.passes import ForwardFn, copied
 from lightning_qbn.ranks import is_first, on_all_ranks
 from lightning_qbn.tracing import join
 
@@ -31,7 +31,7 @@ def reestimate_around_ranges(
     It never ends on the ranges: they shift what batch-norms see, and the accuracy falls before it rises.
     Everything is as before where a step fails.
     """
-    first = reestimate(batches)
+    first = reestimate(copied(batches))
     found = _not_learned(network)
     if not found:
         if is_first():
@@ -68,7 +68,7 @@ def _choose_ranges(
 
     def seen() -> dict[str, tuple[Tensor, Tensor]]:
         with _passing_through(found):
-            _, values = observe(network, found, [], batches, len(batches), forward_fn)
+            _, values = observe(network, found, [], copied(batches), len(batches), forward_fn)
         return {name: range_of(torch.cat(rows, 1), found[name]) for name, rows in values.items() if rows}
 
     # Every rank saw its own data; the ranges of rank 0 hold for all, as DDP does with weights.

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 from lightning_qbn.collection import Jointly, Layer, quantile_of_errors
 from lightning_qbn.drift import Reestimation, drift, write
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.passes import ForwardFn, check_num_batches, load, quiet
+from lightning_qbn.passes import ForwardFn, check_num_batches, copied, load, quiet
 from lightning_qbn.ranks import is_first, number, on_all_ranks
 from lightning_qbn.recalibration import reestimate_around_ranges
 from lightning_qbn.scatter import CHANCE, Scatter
@@ -22,7 +24,9 @@ from lightning_qbn.statistics import ESTIMATORS
 
 _DEFAULT_ESTIMATOR = {"joint": "mean_of_batches", "sequential": "population"}
 _SMALL_BATCH = 16
+_NORMS = ("BatchNorm", "SyncBatchNorm")
 _GIB = 2**30
+_MARGIN = 0.8  # of the tolerance
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,12 @@ def reestimate_batch_norms(
             memory, and passes all of them at once: they wait for each other at every batch-norm. That
             costs one plain pass (and a second one of the first batch) while what waits fits into
             ``memory_gib``, and else two to three in networks built of blocks, such as MobileNetV2. A
-            network that calls a batch-norm several times a pass costs a truncated pass for each layer.
+            network that calls a batch-norm several times a pass costs a truncated pass for each layer, and a
+            whole one if its forward, or ``forward_fn``, sets attributes, enters contexts or catches
+            exceptions: there batches cannot take turns.
         estimator: ``"mean_of_batches"`` (default of joint) or ``"population"`` (default of sequential).
         tolerance: use only as many batches as it takes for ``standard_error`` to fall below it, at least 5.
-            Sequential mode finds their number in a plain pass more.
+            Sequential mode finds their number in a joint pass before.
         forward_fn: ``forward_fn(network, batch)``; default: the network on the first element of the batch.
         memory_gib: sequential mode: GiB of activations that may wait between the layers. With less,
             batches go back to the inputs of blocks, or to their start, and compute what follows again.
@@ -147,13 +153,13 @@ def _reestimate(
         _say(used, num_batches, settings, error, skipped)  # inside: a warning may be an error
         # Ranks may come with running statistics of their own; drift is told from those of rank 0, which ship.
         shipped = old if number() == 1 else on_all_ranks(lambda: old)[0]
+        new = {name: layer.read() for name, layer in reached.items()}
+        moved = [drift(n, layer.depthwise, float(found[n].eps), shipped[n], new[n]) for n, layer in reached.items()]
+        moved.sort(key=lambda layer: -layer.kl)
     except BaseException:
         for name, bn in found.items():
             write(bn, old[name])
         raise
-    new = {name: layer.read() for name, layer in reached.items()}
-    moved = [drift(n, layer.depthwise, float(found[n].eps), shipped[n], new[n]) for n, layer in reached.items()]
-    moved.sort(key=lambda layer: -layer.kl)
     return Reestimation(network, moved, used, error, skipped, {name: (old[name], new[name]) for name in reached})
 
 
@@ -180,11 +186,12 @@ def _collect(
         return used
     kept: list[Any] = []
     if settings.tolerance is None:
-        on_all_ranks(lambda: kept.extend(batch for _, batch in loaded))
+        # Copies: some loaders fill the same memory again, and some networks change what they get.
+        on_all_ranks(lambda: kept.extend(copied(batch) for _, batch in loaded))
     else:
-        # How many batches it takes is told by a plain pass, with the statistics that there are.
-        plain = Jointly(network, layers, forward_fn, normalise=False)
-        used = plain.collect(_keeping(loaded, kept), settings.tolerance)
+        # How many batches it takes is told by a joint pass; its error differs a little.
+        plain = Jointly(network, layers, forward_fn, strict=False)
+        used = plain.collect(_keeping(loaded, kept), _MARGIN * settings.tolerance)
         del kept[used:]
     collect_sequentially(network, layers, kept, forward_fn, settings.memory_gib * _GIB)
     return len(kept)
@@ -192,7 +199,7 @@ def _collect(
 
 def _keeping(loaded: Iterable[tuple[int, Any]], kept: list[Any]) -> Iterator[tuple[int, Any]]:
     for index, batch in loaded:
-        kept.append(batch)
+        kept.append(copied(batch))
         yield index, batch
 
 
@@ -218,7 +225,8 @@ def _recommend(scatter: Scatter) -> None:
         _warn(
             f"The batches are no random draws: at the first batch-norm their means vary {ratio:.3g} times as much as "
             f"those of {scatter.batch_size:.3g} images drawn at random, {deviations:.3g} standard deviations above "
-            f"chance (more than {CHANCE:g} is called so). Shuffle the loader, or {advice}"
+            f"chance (more than {CHANCE:g} is called so). Shuffle the loader, unless its batches hold groups, such as "
+            f"views or frames of one image. {advice}"
         )
 
 
@@ -247,10 +255,14 @@ def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
     found: dict[str, BatchNorm] = {}
     skipped = {}
     for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name.startswith(_NORMS):
+            skipped[name] = "is scripted, so that no hook sees its input"
         if not isinstance(module, BatchNorm):
             continue
         if module.running_mean is None or module.running_var is None:
             skipped[name] = "keeps no running statistics"
+        elif isinstance(module.running_mean, UninitializedBuffer):
+            skipped[name] = "is lazy and has seen no batch yet"
         elif not module.track_running_stats:
             skipped[name] = "is frozen: its track_running_stats is False"
         elif network.training and not module.training:

@@ -28,9 +28,10 @@ class Visit:
 
     def place(self, limit: float) -> Place:
         """The place with the least to compute again that keeps at most ``limit`` bytes."""
-        if self.here <= limit or not self.around:
+        if self.here <= limit:
             return None
-        return next((module for module, size in reversed(self.around) if size <= limit), self.around[0][0])
+        fitting = [module for module, size in self.around if size <= limit]
+        return fitting[-1] if fitting else None
 
 
 class Scout:
@@ -60,15 +61,29 @@ class Scout:
         kept: dict[int, int] = {}
         around = []
         for module, storages in self._active:
-            kept |= {key: size for key, size in storages.items() if key not in outermost}
+            kept |= {key: size for key, size in storages.items() if key not in outermost or size == _TOO_MUCH}
             around.append((module, sum(kept.values())))
         self.visits.append(Visit(layer.name, sum((kept | storages_of(x)).values()), around))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._active.append((module, storages_of((args, kwargs))))
+        # What cannot be copied may be changed by the module, so that it must not run again.
+        storages = storages_of((args, kwargs)) if can_be_copied((args, kwargs)) else {id(module): _TOO_MUCH}
+        self._active.append((module, storages))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._active.pop()
+
+
+_TOO_MUCH = 2**62  # bytes
+
+
+def can_be_copied(values: Any) -> bool:
+    """Whether values are tensors, and lists, tuples and dicts of them, with plain values between."""
+    if isinstance(values, dict):
+        return all(can_be_copied(value) for value in values.values())
+    if isinstance(values, list | tuple):
+        return all(can_be_copied(value) for value in values)
+    return values is None or isinstance(values, Tensor | bool | int | float | complex | str | bytes)
 
 
 def containers(network: nn.Module, layers: dict[str, Layer]) -> list[nn.Module]:

@@ -1,0 +1,93 @@
+"""Whether passes can take turns: not where one leaves something behind that another would find."""
+
+from __future__ import annotations
+
+import dis
+import gc
+import warnings
+from collections import deque
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_qbn.passes import ForwardFn
+
+_NOTHING_INSIDE = (type, ModuleType, BuiltinFunctionType, CodeType, FrameType, str, bytes, int, float, complex)
+_MOST_OBJECTS = 200_000
+_MOST_LOOKS = 40
+
+
+class StateOfPasses:
+    """Looks for state that belongs to one pass: in modules, in what they hold, and around the call.
+
+    Passes that wait for each other take turns in the middle. An attribute, a tensor in some dict, a context
+    that was entered: all of it would be another batch's then. ``found`` says that there is such a thing, or that
+    code may enter a context (``with``, ``try``), which must be left before another enters it.
+    """
+
+    def __init__(self, network: nn.Module, forward_fn: ForwardFn | None) -> None:
+        self._network, self._roots = network, [network, forward_fn]
+        foreign = [type(module).forward for module in network.modules() if _is_foreign(module)]
+        self.found = any(_enters_contexts(function) for function in (forward_fn, *foreign))
+        self._before = None if self.found else (self._state(), self._sums())
+        self._looks = 0
+
+    def look(self) -> None:
+        """Compare with the beginning."""
+        self._looks += 1
+        if self._before is None or self.found or self._looks > _MOST_LOOKS:
+            return
+        state, sums = self._before
+        self.found = self._state() != state or (self._looks == 1 and self._sums() != sums)
+
+    def _state(self) -> tuple[Any, ...]:
+        plain = tuple(
+            (name, value)
+            for module in self._network.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | None)
+        )
+        return tuple(warnings.filters), torch.get_default_dtype(), plain, _tensors_in(self._roots)
+
+    def _sums(self) -> list[float]:
+        """Of the parameters: an average may be copied into them for the time of a pass."""
+        return [float(p.detach().double().sum()) for p in self._network.parameters() if not is_lazy(p)]
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith(("torch.", "lightning_qbn."))
+
+
+def _enters_contexts(function: Any) -> bool:
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code is not None and any(step.opname in _CONTEXTS for step in dis.get_instructions(code))
+
+
+_CONTEXTS = {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL", "SETUP_FINALLY", "PUSH_EXC_INFO"}
+
+
+def _is_a_tool(thing: Any) -> bool:
+    """Objects of ours, and a Trainer's: they change in every pass, and no forward reads them."""
+    return not isinstance(thing, nn.Module) and type(thing).__module__.startswith(("lightning_qbn.", "lightning."))
+
+
+def _tensors_in(roots: list[Any]) -> set[int]:
+    """Tensors that can be reached from here, however deep; those of the running pass itself are in frames."""
+    tensors: set[int] = set()
+    seen: set[int] = set()
+    queue = deque(roots)
+    while queue and len(seen) < _MOST_OBJECTS:
+        thing = queue.popleft()
+        if isinstance(thing, _NOTHING_INSIDE) or id(thing) in seen or _is_a_tool(thing):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            tensors.add(id(thing))
+        elif isinstance(thing, FunctionType):  # not its globals: those are everything
+            queue.extend([*(thing.__closure__ or ()), *(thing.__defaults__ or ()), thing.__dict__])
+        else:
+            queue.extend(gc.get_referents(thing))
+    return tensors
