@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,19 +10,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
+from lightning_qbn.advice import recommend, say, warn
 from lightning_qbn.collection import Jointly, Layer, quantile_of_errors
 from lightning_qbn.drift import Reestimation, drift, write
-from lightning_qbn.errors import QuantizationWarning, ReestimationError
+from lightning_qbn.errors import ReestimationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches, copied, load, quiet
-from lightning_qbn.ranks import is_first, number, on_all_ranks
+from lightning_qbn.ranks import number, on_all_ranks
 from lightning_qbn.recalibration import reestimate_around_ranges
-from lightning_qbn.scatter import CHANCE, Scatter
 from lightning_qbn.sequential import collect_sequentially
 from lightning_qbn.statistics import ESTIMATORS
 
 _DEFAULT_ESTIMATOR = {"joint": "mean_of_batches", "sequential": "population"}
-_SMALL_BATCH = 16
 _NORMS = ("BatchNorm", "SyncBatchNorm")
 _GIB = 2**30
 _MARGIN = 0.8  # of the tolerance
@@ -138,7 +136,7 @@ def _reestimate(
     found, skipped = _find(network)
     if not found:
         why = "; ".join(f"{name} {reason}" for name, reason in skipped.items()) or "it has no batch-norm"
-        _warn(f"{type(network).__name__} has no batch-norm statistics to re-estimate: {why}. Nothing has changed.")
+        warn(f"{type(network).__name__} has no batch-norm statistics to re-estimate: {why}. Nothing has changed.")
         return Reestimation(network, [], 0, None, skipped, {})
     layers = {name: Layer(name, bn, ESTIMATORS[settings.chosen_estimator]) for name, bn in found.items()}
     old = {name: layer.read() for name, layer in layers.items()}
@@ -150,7 +148,7 @@ def _reestimate(
             _check_result(layer) if name in reached else write(layer.module, old[name])
         skipped |= {name: "was reached by no batch" for name in found if name not in reached}
         error = quantile_of_errors(reached.values())
-        _say(used, num_batches, settings, error, skipped)  # inside: a warning may be an error
+        say(used, num_batches, settings.tolerance, error, skipped)  # inside: a warning may be an error
         # Ranks may come with running statistics of their own; drift is told from those of rank 0, which ship.
         shipped = old if number() == 1 else on_all_ranks(lambda: old)[0]
         new = {name: layer.read() for name, layer in reached.items()}
@@ -182,7 +180,7 @@ def _collect(
         used = jointly.collect(loaded, settings.tolerance)
         for layer in layers.values():
             layer.finish()
-        _recommend(jointly.scatter)
+        recommend(jointly.scatter)
         return used
     kept: list[Any] = []
     if settings.tolerance is None:
@@ -210,45 +208,6 @@ def _check_result(layer: Layer) -> None:
             f"The new statistics of {layer.name} are too large for {dtype}, the type of its buffers; the old ones are "
             f"back. Keep batch-norms in float32."
         )
-
-
-def _recommend(scatter: Scatter) -> None:
-    """Say that joint mode is the wrong one for such batches."""
-    advice = "mode='sequential' gives the statistics of the inference graph, whatever the batches are."
-    if scatter.batch_size < _SMALL_BATCH:
-        _warn(
-            f"Joint statistics of batches of {scatter.batch_size:.3g} images are biased: each layer is normalised with "
-            f"fewer than {_SMALL_BATCH} images. {advice}"
-        )
-    ratio, deviations = scatter.ratio()
-    if deviations > CHANCE:
-        _warn(
-            f"The batches are no random draws: at the first batch-norm their means vary {ratio:.3g} times as much as "
-            f"those of {scatter.batch_size:.3g} images drawn at random, {deviations:.3g} standard deviations above "
-            f"chance (more than {CHANCE:g} is called so). Shuffle the loader, unless its batches hold groups, such as "
-            f"views or frames of one image. {advice}"
-        )
-
-
-def _say(used: int, num_batches: int, settings: Settings, error: float | None, skipped: dict[str, str]) -> None:
-    """Warn of everything that is not as it was asked for."""
-    tolerance = settings.tolerance
-    if used < num_batches and tolerance is None:
-        _warn(f"The loader gave {used} batches, fewer than num_batches={num_batches}; the result rests on {used}.")
-    if tolerance is not None and (error is None or error >= tolerance):
-        reached = "unknown, of a single batch" if error is None else f"{error:.3g}"
-        _warn(
-            f"The standard error of the statistics is {reached} with {used} batches, not below "
-            f"tolerance={tolerance:g}. Give more batches with num_batches."
-        )
-    if skipped:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        _warn(f"Not re-estimated, so that they keep their statistics: {reasons}.")
-
-
-def _warn(message: str) -> None:
-    if is_first():
-        warnings.warn(message, QuantizationWarning, stacklevel=4)
 
 
 def _find(network: nn.Module) -> tuple[dict[str, BatchNorm], dict[str, str]]:
