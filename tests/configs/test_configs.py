@@ -36,7 +36,10 @@ def composed(tmp_path: Path, *overrides: str) -> DictConfig:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
-@pytest.mark.parametrize("experiment", [None, *names("experiment")])
+@pytest.mark.parametrize(
+    "experiment",
+    [None, *(pytest.param(n, marks=pytest.mark.slow if n == "fashion_mnist" else ()) for n in names("experiment"))],
+)
 def test_experiment_runs_two_steps(experiment, tmp_path, capsys):
     if experiment == "fashion_mnist" and not FASHION_MNIST.is_dir():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
