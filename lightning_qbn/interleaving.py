@@ -17,7 +17,7 @@ from lightning_qbn.passes import ForwardFn
 
 _NOTHING_INSIDE = (type, ModuleType, BuiltinFunctionType, CodeType, FrameType, str, bytes, int, float, complex)
 _MOST_OBJECTS = 200_000
-_MOST_LOOKS = 40
+_FIRST_LOOKS, _EVERY = 8, 8  # a look takes some milliseconds in a large network
 
 
 class StateOfPasses:
@@ -30,15 +30,15 @@ class StateOfPasses:
 
     def __init__(self, network: nn.Module, forward_fn: ForwardFn | None) -> None:
         self._network, self._roots = network, [network, forward_fn]
-        foreign = [type(module).forward for module in network.modules() if _is_foreign(module)]
+        foreign = dict.fromkeys(type(module).forward for module in network.modules() if _is_foreign(module))
         self.found = any(_enters_contexts(function) for function in (forward_fn, *foreign))
         self._before = None if self.found else (self._state(), self._sums())
         self._looks = 0
 
-    def look(self) -> None:
-        """Compare with the beginning."""
+    def look(self, last: bool = False) -> None:
+        """Compare with the beginning, at the first layers, every few after them, and at the end."""
         self._looks += 1
-        if self._before is None or self.found or self._looks > _MOST_LOOKS:
+        if self._before is None or self.found or (self._looks > _FIRST_LOOKS and self._looks % _EVERY and not last):
             return
         state, sums = self._before
         self.found = self._state() != state or (self._looks == 1 and self._sums() != sums)

@@ -72,7 +72,7 @@ class Lockstep:
         with watched(self._network, self._layers, visit), scout.watching():
             state = StateOfPasses(self._network, self._forward_fn)
             forward(self._network, copied(self._batches[0]), 0, self._forward_fn, ReestimationError)
-            state.look()
+            state.look(last=True)
         self._places = {visit.name: visit.place(memory / len(self._batches)) for visit in scout.visits}
         self.has_state = state.found
         self._in_step = len(self._places) == len(scout.visits) and not state.found
