@@ -38,7 +38,7 @@ class Layer:
     def add(self, x: Tensor, batch: int) -> tuple[int, Tensor, Tensor]:
         """Add the input of one call, of shape (batch, channels, ...); its `moments`."""
         found = moments(x)
-        channels = self.read()[0].numel() if not len(self.series) else len(self.series.means[0])
+        channels = self.module.running_mean.numel()  # type: ignore[operator]
         if len(found[1]) != channels:
             raise ReestimationError(
                 f"{self.name} holds statistics of {channels} channels and gets an input of shape {tuple(x.shape)} in "

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_qbn import __version__
-from lightning_qbn.callbacks.batches import batches_on, evaluate, evaluation_loader, forward_of
+from lightning_qbn.callbacks.batches import evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
@@ -160,7 +160,7 @@ def _control(cfg: DictConfig, data: LightningDataModule, weights: Path) -> dict[
     metric = instantiate(cfg.model.metric)
 
     def measure() -> float:
-        return evaluate(module, batches_on(module.device, loader), metric, forward_of(module, None), None)
+        return evaluate(module, transferred(trainer, loader, module.device), metric, forward_of(module, None), None)
 
     result = {"after_reestimation": measure()}
     if reestimation.result is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -210,9 +210,9 @@ def _read_flag(module: nn.Module, incompatible_keys: object) -> None:
 
 
 @contextmanager
-def switched_off(network: nn.Module) -> Iterator[None]:
-    """All quantizers of a network pass values through for a while, whatever their state."""
-    found = list(quantizers(network).values())
+def switched_off(quantizers: Iterable[FakeQuantize]) -> Iterator[None]:
+    """These quantizers pass values through for a while, whatever their state."""
+    found = list(quantizers)
     states = [quantizer.enabled for quantizer in found]
     try:
         for quantizer in found:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dis
-import gc
 import warnings
-from collections import deque
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qbn.passes import ForwardFn
+from lightning_qbn.reachable import reachable
 
-_NOTHING_INSIDE = (type, ModuleType, BuiltinFunctionType, CodeType, FrameType, str, bytes, int, float, complex)
-_MOST_OBJECTS = 200_000
 _FIRST_LOOKS, _EVERY = 8, 8  # a look takes some milliseconds in a large network
 
 
@@ -69,25 +65,12 @@ def _enters_contexts(function: Any) -> bool:
 _CONTEXTS = {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL", "SETUP_FINALLY", "PUSH_EXC_INFO"}
 
 
-def _is_a_tool(thing: Any) -> bool:
-    """Objects of ours, and a Trainer's: they change in every pass, and no forward reads them."""
-    return not isinstance(thing, nn.Module) and type(thing).__module__.startswith(("lightning_qbn.", "lightning."))
-
-
 def _tensors_in(roots: list[Any]) -> set[int]:
-    """Tensors that can be reached from here, however deep; those of the running pass itself are in frames."""
-    tensors: set[int] = set()
-    seen: set[int] = set()
-    queue = deque(roots)
-    while queue and len(seen) < _MOST_OBJECTS:
-        thing = queue.popleft()
-        if isinstance(thing, _NOTHING_INSIDE) or id(thing) in seen or _is_a_tool(thing):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            tensors.add(id(thing))
-        elif isinstance(thing, FunctionType):  # not its globals: those are everything
-            queue.extend([*(thing.__closure__ or ()), *(thing.__defaults__ or ()), thing.__dict__])
-        else:
-            queue.extend(gc.get_referents(thing))
-    return tensors
+    """Tensors that can be reached from here; those of the running pass itself are in frames."""
+    return {id(thing) for thing in reachable(roots, _is_leaf) if isinstance(thing, Tensor)}
+
+
+def _is_leaf(thing: Any) -> bool:
+    """Tensors, and objects of ours and a Trainer's: these change in every pass, and no forward reads them."""
+    tool = not isinstance(thing, nn.Module) and type(thing).__module__.startswith(("lightning_qbn.", "lightning."))
+    return tool or isinstance(thing, Tensor)

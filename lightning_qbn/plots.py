@@ -25,11 +25,13 @@ def plot_drift(layers: Sequence[LayerDrift]) -> Figure:
     shown = sorted(layers, key=lambda layer: -layer.kl)[:_MOST_LAYERS]
     figure = _figure(9, 1.2 + 0.22 * max(3, len(shown)))
     panels = figure.subplots(1, 3, sharey=True)
-    values = ([x.kl for x in shown], [x.mean_shift for x in shown], [x.variance_ratio for x in shown])
-    titles = ("KL(new || old), nats", "mean shift, old sigmas", "new variance / old")
+    bars = (
+        ("KL(new || old), nats", 0.0, [x.kl for x in shown]),
+        ("mean shift, old sigmas", 0.0, [x.mean_shift for x in shown]),
+        ("new variance / old", 1.0, [x.variance_ratio for x in shown]),
+    )
     colours = [_DEPTHWISE if layer.depthwise else _OTHER for layer in shown]
-    for panel, numbers, title in zip(panels, values, titles, strict=True):
-        start = 1.0 if numbers is values[2] else 0.0
+    for panel, (title, start, numbers) in zip(panels, bars, strict=True):
         panel.barh(range(len(shown)), [number - start for number in numbers], left=start, color=colours, height=0.7)
         panel.axvline(start, color=_INK, linewidth=0.8)
         panel.set_title(title, fontsize=9)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.advice import warn
 from lightning_qbn.calibration import observe, range_of
 from lightning_qbn.drift import Reestimation, State
-from lightning_qbn.errors import QuantizationWarning
-from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers, switched_off
 from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, copied
-from lightning_qbn.ranks import is_first, on_all_ranks
+from lightning_qbn.ranks import on_all_ranks
 from lightning_qbn.tracing import join
 
 
 def reestimate_around_ranges(
     network: nn.Module,
     batches: list[Any],
-    reestimate: Callable[[list[Any]], Reestimation],
+    reestimate: Callable[[Iterable[Any]], Reestimation],
     forward_fn: ForwardFn | None,
 ) -> Reestimation:
     """Re-estimate, choose the ranges of activations anew that were not learned, re-estimate.
@@ -31,16 +29,13 @@ def reestimate_around_ranges(
     It never ends on the ranges: they shift what batch-norms see, and the accuracy falls before it rises.
     Everything is as before where a step fails.
     """
-    first = reestimate(copied(batches))
+    first = reestimate(copied(batch) for batch in batches)
     found = _not_learned(network)
     if not found:
-        if is_first():
-            warnings.warn(
-                "recalibrate_ranges found no activation quantizer whose range was not learned, so it changed no range. "
-                "QuantizationConfig(scale='observed') makes such quantizers.",
-                QuantizationWarning,
-                stacklevel=3,
-            )
+        warn(
+            "recalibrate_ranges found no activation quantizer whose range was not learned, so it changed no range. "
+            "QuantizationConfig(scale='observed') makes such quantizers."
+        )
         return first
     old = {name: _state(quantizer) for name, quantizer in found.items()}
     try:
@@ -67,25 +62,15 @@ def _choose_ranges(
     """Observe with all other quantizers on: batch-norm statistics belong to the quantized weights."""
 
     def seen() -> dict[str, tuple[Tensor, Tensor]]:
-        with _passing_through(found):
-            _, values = observe(network, found, [], copied(batches), len(batches), forward_fn)
+        with switched_off(found.values()):
+            again = (copied(batch) for batch in batches)
+            _, values = observe(network, found, [], again, len(batches), forward_fn)
         return {name: range_of(torch.cat(rows, 1), found[name]) for name, rows in values.items() if rows}
 
     # Every rank saw its own data; the ranges of rank 0 hold for all, as DDP does with weights.
     for name, (low, high) in on_all_ranks(seen)[0].items():
         quantizer = found[name]
         quantizer.set_range(low.to(quantizer.zero_point.device), high.to(quantizer.zero_point.device))
-
-
-@contextmanager
-def _passing_through(found: dict[str, FakeQuantize]) -> Iterator[None]:
-    try:
-        for quantizer in found.values():
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer in found.values():
-            quantizer.enabled = True
 
 
 def _state(quantizer: FakeQuantize) -> State:

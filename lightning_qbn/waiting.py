@@ -20,7 +20,10 @@ Place: TypeAlias = nn.Module | None
 
 @dataclass(frozen=True)
 class Visit:
-    """A call of a batch-norm: the modules around it, outermost first, and the memory that waiting there keeps."""
+    """A call of a batch-norm, and the memory that waiting keeps: here, or at the modules around that can run again.
+
+    The modules are outermost first.
+    """
 
     name: str
     here: int
@@ -39,7 +42,7 @@ class Scout:
 
     def __init__(self, network: nn.Module, layers: dict[str, Layer]) -> None:
         self._network, self._layers = network, layers
-        self._active: list[tuple[nn.Module, dict[int, int]]] = []
+        self._active: list[tuple[nn.Module, Any]] = []  # with their arguments
         self.visits: list[Visit] = []
 
     @contextmanager
@@ -57,24 +60,20 @@ class Scout:
 
     def visit(self, layer: Layer, x: Tensor) -> None:
         """Note a call. What the outermost module got is the batch, which is kept in any case."""
-        outermost = self._active[0][1] if self._active else {}
+        outermost = storages_of(self._active[0][1]) if self._active else {}
         kept: dict[int, int] = {}
         around = []
-        for module, storages in self._active:
-            kept |= {key: size for key, size in storages.items() if key not in outermost or size == _TOO_MUCH}
-            around.append((module, sum(kept.values())))
+        for module, arguments in self._active:
+            kept |= {key: size for key, size in storages_of(arguments).items() if key not in outermost}
+            if can_be_copied(arguments):  # what cannot may be changed by the module, which must not run again then
+                around.append((module, sum(kept.values())))
         self.visits.append(Visit(layer.name, sum((kept | storages_of(x)).values()), around))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # What cannot be copied may be changed by the module, so that it must not run again.
-        storages = storages_of((args, kwargs)) if can_be_copied((args, kwargs)) else {id(module): _TOO_MUCH}
-        self._active.append((module, storages))
+        self._active.append((module, (args, kwargs)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._active.pop()
-
-
-_TOO_MUCH = 2**62  # bytes
 
 
 def can_be_copied(values: Any) -> bool:

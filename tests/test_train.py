@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,44 +103,54 @@ def test_sweep_trains_the_float_network_once(tmp_path):
 def test_resume_and_float_checkpoints(tmp_path):
     cli(tmp_path, *FAST, "hydra.run.dir=first")
     (weights,) = tmp_path.glob("logs/float/*.ckpt")
-    first = json.loads((tmp_path / "first/report.json").read_text())
-    cli(tmp_path, *FAST, "qat.epochs=2", "ckpt_path=first/checkpoints/last.ckpt", "hydra.run.dir=second")
-    second = json.loads((tmp_path / "second/report.json").read_text())
-    assert second["accuracy"]["float"] == first["accuracy"]["float"]
-    assert torch.load(tmp_path / "second/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
-    for key in (f"model.checkpoint={weights}", f"ckpt_path={weights}"):
-        done = cli(tmp_path, *FAST, key, "hydra.run.dir=third", "callbacks.export=null")
-        assert "Float training" not in done.stdout
-        third = json.loads((tmp_path / "third/report.json").read_text())
-        assert third["accuracy"]["float"] == first["accuracy"]["float"]
     plain = {k.removeprefix("network."): v for k, v in torch.load(weights, weights_only=True)["state_dict"].items()}
     torch.save(plain, tmp_path / "plain.pt")
-    cli(tmp_path, *FAST, "model.checkpoint=plain.pt", "hydra.run.dir=fourth", "callbacks.export=null")
-    fourth = json.loads((tmp_path / "fourth/report.json").read_text())
-    assert fourth["accuracy"]["float"] == first["accuracy"]["float"]
+    runs = {
+        "resumed": ["qat.epochs=2", "ckpt_path=first/checkpoints/last.ckpt"],
+        "named": [f"model.checkpoint={weights}", "callbacks.export=null"],
+        "as ckpt_path": [f"ckpt_path={weights}", "callbacks.export=null"],
+        "plain": ["model.checkpoint=plain.pt", "callbacks.export=null"],
+    }
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda name: cli(tmp_path, *FAST, *runs[name], f"hydra.run.dir={name}"), runs))
+    assert not any("Float training" in found.stdout for found in done)
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", *runs)]
+    assert len({report["accuracy"]["float"] for report in reports}) == 1
+    assert torch.load(tmp_path / "resumed/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["quantization.weight_bits=1"], "weight_bits must be a whole number from 2 to 8, found 1"),
-        (["quantization.weight_bits=four"], "found 'four'"),
-        (["+quantization.overrides.nothing.weight_bits=8"], "matches no layer"),
-        (["reestimation.num_batches=0"], "num_batches must be a whole number of at least 1, found 0"),
-        (["model.checkpoint=missing.ckpt"], "missing.ckpt cannot be read"),
-        (["model=resnet", "model.checkpoint={weights}"], "does not fit ResNet"),
-        (["hydra.run.dir=file/run"], "file"),
-        (["export.path=file/model.onnx"], "cannot be written"),
-    ],
-)
-def test_bad_input_is_said_before_training(overrides, message, tmp_path):
-    (tmp_path / "file").write_text("")
-    torch.save({"head.weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    overrides = [text.format(weights=tmp_path / "weights.pt") for text in overrides]
-    done = cli(tmp_path, *FAST, *overrides, check=False)
+BAD_INPUT = {
+    "weight_bits must be a whole number from 2 to 8, found 1": ["quantization.weight_bits=1"],
+    "found 'four'": ["quantization.weight_bits=four"],
+    "matches no layer": ["+quantization.overrides.nothing.weight_bits=8"],
+    "num_batches must be a whole number of at least 1, found 0": ["reestimation.num_batches=0"],
+    "missing.ckpt cannot be read": ["model.checkpoint=missing.ckpt"],
+    "does not fit ResNet": ["model=resnet", "model.checkpoint=weights.pt"],
+    "Not a directory: 'file/run'": ["hydra.run.dir=file/run"],
+    "cannot be written": ["export.path=file/model.onnx"],
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """Every bad input in a folder of its own; two commands at a time, since most of each is the start of Python."""
+
+    def run(message: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+        folder = tmp_path_factory.mktemp("bad")
+        (folder / "file").write_text("")
+        torch.save({"head.weight": torch.zeros(1)}, folder / "weights.pt")
+        return folder, cli(folder, *FAST, *BAD_INPUT[message], check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD_INPUT, pool.map(run, BAD_INPUT), strict=True))
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_is_said_before_training(message, refused):
+    folder, done = refused[message]
     assert done.returncode == 1
     assert message in done.stderr
     assert "Float training" not in done.stdout
     assert "Quantization-aware training" not in done.stdout
-    assert not list(tmp_path.glob("**/report.json"))
-    assert not list(tmp_path.glob("**/*.onnx"))
+    assert not list(folder.glob("**/report.json"))
+    assert not list(folder.glob("**/*.onnx"))

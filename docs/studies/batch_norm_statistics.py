@@ -1,6 +1,6 @@
 """Error of re-estimated statistics and accuracy, by number of batches, batch size, estimator, mode and order.
 
-Fashion-MNIST, a MobileNetV2-like network with 3-bit weights, three seeds; half an hour on two cores::
+Fashion-MNIST, a MobileNetV2-like network with 3-bit weights, three seeds; about half an hour on one core::
 
     python docs/studies/batch_norm_statistics.py --json study.json >tables.md
 """

@@ -17,14 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.loaders import (
-    fresh_loader,
-    fresh_train_loader,
-    in_stage,
-    undisturbed,
-    validation_loader,
-    without_logging,
-)
+from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, in_between, undisturbed, validation_loader
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
@@ -42,12 +35,7 @@ def sampled_train_batches(
     The loader is made anew on the same data set, so that no training batch is used up, and all random
     state is put back, so that training sees the batches that it would have seen.
     """
-    with (
-        undisturbed(trainer, trainer.train_dataloader, loader),
-        in_stage(trainer, RunningStage.TRAINING),
-        without_logging(trainer.lightning_module),
-        trainer.precision_plugin.forward_context(),
-    ):
+    with in_between(trainer, trainer.lightning_module, RunningStage.TRAINING, trainer.train_dataloader, loader):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -103,12 +91,6 @@ def _loader(datamodule: Any, hook: Callable[[], Any]) -> Any:
                 raise
             datamodule.setup("test")
             return hook()
-
-
-def batches_on(device: torch.device, loader: Any) -> Iterator[Any]:
-    """All batches of loaders, moved to a device without the Trainer."""
-    for batch, _, _ in iter(CombinedLoader(loader, "sequential")):
-        yield move_data_to_device(batch, device)
 
 
 def transferred(trainer: Trainer, loader: Any, device: torch.device) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -57,6 +58,14 @@ def write_to_checkpoints(module: LightningModule, shipped: Callable[[LightningMo
                 checkpoint["state_dict"][name] = value.clone()
 
     module.__dict__["on_save_checkpoint"] = on_save_checkpoint
+
+
+def put_back(module: LightningModule, values: dict[str, Tensor]) -> None:
+    """Write values into parameters and buffers, by name: a module may save a part of itself under others."""
+    present = dict((*module.named_parameters(), *module.named_buffers()))
+    with torch.no_grad():
+        for name, value in values.items():
+            present[name].copy_(value)
 
 
 def leave_checkpoints(module: LightningModule) -> None:

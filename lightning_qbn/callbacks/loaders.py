@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,11 @@ def _combined(loaders: Any, loop: Any, mode: Any, make: Callable[[Any], Any]) ->
 
 def fresh_loader(loader: Any) -> Iterable[Any]:
     """Batches of a user's own loader, of several in a dict or CombinedLoader, or of any iterable of batches."""
-    if isinstance(loader, CombinedLoader):
-        loader = CombinedLoader(apply_to_collection(loader.iterables, DataLoader, _fresh), loader._mode)
-        return (batch for batch, _, _ in iter(loader))
     if isinstance(loader, Mapping):
-        loader = CombinedLoader(apply_to_collection(loader, DataLoader, _fresh), "max_size_cycle")
-        return (batch for batch, _, _ in iter(loader))
+        loader = CombinedLoader(loader, "max_size_cycle")
+    if isinstance(loader, CombinedLoader):
+        fresh = CombinedLoader(apply_to_collection(loader.iterables, DataLoader, _fresh), loader._mode)
+        return (batch for batch, _, _ in iter(fresh))
     return _fresh(loader) if isinstance(loader, DataLoader) else loader
 
 
@@ -103,24 +102,21 @@ def undisturbed(trainer: Trainer | None, *loaders: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
-    """What a LightningModule's hooks do to batches in training (augment) or in validation, whatever hook this is."""
-    present = trainer.state.stage
+def in_between(trainer: Trainer, module: LightningModule, stage: RunningStage, *loaders: Any) -> Iterator[None]:
+    """Passes of ours in the middle of a run: hooks see this stage, ``self.log`` does nothing, the run is undisturbed.
+
+    What a LightningModule's hooks do to batches depends on the stage: they augment in training. Most hooks of a
+    Trainer refuse ``self.log``. A copy of the Trainer's module computes in its own precision.
+    """
+    present, log = trainer.state.stage, module.__dict__.get("log")
+    own = module is trainer.lightning_module
     trainer.state.stage = stage
-    try:
-        yield
-    finally:
-        trainer.state.stage = present
-
-
-@contextmanager
-def without_logging(module: LightningModule) -> Iterator[None]:
-    """``self.log`` does nothing: passes of ours are no training steps, and most hooks refuse it."""
-    own = module.__dict__.get("log")
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
-        yield
+        with undisturbed(trainer, *loaders), trainer.precision_plugin.forward_context() if own else nullcontext():
+            yield
     finally:
+        trainer.state.stage = present
         del module.__dict__["log"]
-        if own is not None:
-            module.__dict__["log"] = own
+        if log is not None:
+            module.__dict__["log"] = log

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn
 from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds, check_run
-from lightning_qbn.callbacks.keeping import leave_checkpoints, log, save, write_to_checkpoints
+from lightning_qbn.callbacks.keeping import leave_checkpoints, log, put_back, save, write_to_checkpoints
 from lightning_qbn.callbacks.order import check_order
 from lightning_qbn.callbacks.trial import CurvePoint, Trial, frozen_batch_norms, share_statistics
 from lightning_qbn.drift import Reestimation
@@ -96,7 +95,6 @@ class BatchNormReestimation(Callback):
         self._validated: Reestimation | None = None  # with what the last validation saw, if no batch came after it
         self._of_training: dict[str, Tensor] = {}  # from the checkpoint of a run that is resumed
         self._frozen: frozenset[str] = frozenset()
-        self._batch_checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the order of callbacks, and whether there is a batch-norm at all."""
@@ -104,7 +102,7 @@ class BatchNormReestimation(Callback):
             return
         check_order(trainer)
         self.result = self.before = self.after = self.kept = self._validated = None
-        self.curve, self._of_training, self._frozen, self._batch_checked = [], {}, frozenset(), False
+        self.curve, self._of_training, self._frozen = [], {}, frozenset()
         check_run(trainer, self.before_validation, self.at_epochs)
         write_to_checkpoints(pl_module, self._shipped)
 
@@ -121,10 +119,7 @@ class BatchNormReestimation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with restored state: a checkpoint of a validated network holds what training goes on with."""
-        present = dict((*pl_module.named_parameters(), *pl_module.named_buffers()))
-        with torch.no_grad():
-            for name, value in self._of_training.items():
-                present[name].copy_(value)
+        put_back(pl_module, self._of_training)
         self._of_training = {}
         # The epoch of a checkpoint that was written in its last batch does not end again.
         if trainer.current_epoch in self.at_epochs and trainer.current_epoch not in {p.epoch for p in self.curve}:
@@ -133,9 +128,8 @@ class BatchNormReestimation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a batch, after which the last validation tells nothing about the weights any more."""
         self._validated = None
-        if not self._batch_checked and _has_batch_norm(pl_module):
+        if batch_idx == 0 and _has_batch_norm(pl_module):
             self._trial.check_batch(pl_module, batch)
-            self._batch_checked = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,7 +146,7 @@ class BatchNormReestimation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after a validation: the module has its own statistics again, checkpoints get the others."""
-        if self._validated is None or trainer.state.fn != TrainerFn.FITTING:
+        if self._validated is None:
             return
         if self._validated.is_in_place():
             self._validated.undo()
@@ -160,7 +154,7 @@ class BatchNormReestimation(Callback):
         self._validated = None
         rank_zero_warn(
             "Another callback exchanged batch-norm statistics during validation, so those that were re-estimated for "
-            "it are not in checkpoints. Put it after BatchNormReestimation, or leave out before_validation.",
+            "it are not in checkpoints. Leave out before_validation: it is for weights that are validated as they are.",
             category=QuantizationWarning,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
-from lightning_qbn.callbacks.loaders import in_stage, undisturbed, without_logging
+from lightning_qbn.callbacks.loaders import in_between
 from lightning_qbn.callbacks.order import check_order, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
@@ -91,7 +91,7 @@ class RunReport(Callback):
         """Called with loaders there and no step taken: measure the float network."""
         self.record.measured_on, self._loader = evaluation_loader(trainer, pl_module)
         if self._loader is not None and self._is_float:
-            with switched_off(pl_module):
+            with switched_off(quantizers(pl_module).values()):
                 self._measure("float", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,12 +141,7 @@ class RunReport(Callback):
         """Measure a module, the Trainer's own or a copy of it, on batches that the Trainer's module transfers."""
         running = RunningStage.TESTING if self.record.measured_on == "test" else RunningStage.VALIDATING
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        with (
-            undisturbed(trainer, self._loader),
-            in_stage(trainer, running),
-            without_logging(module),
-            trainer.precision_plugin.forward_context() if module is trainer.lightning_module else nullcontext(),
-        ):
+        with in_between(trainer, module, running, self._loader):
             batches = transferred(trainer, self._loader, device)
             self.record.accuracy[stage] = evaluate(module, batches, self.metric, self._forward, self.target_fn)
 

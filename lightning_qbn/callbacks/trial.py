@@ -22,7 +22,7 @@ from lightning_qbn.callbacks.batches import (
     sampled_train_batches,
     validation_batches,
 )
-from lightning_qbn.callbacks.loaders import in_stage, undisturbed, without_logging
+from lightning_qbn.callbacks.loaders import in_between
 from lightning_qbn.callbacks.order import find
 from lightning_qbn.callbacks.progress import progress
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
@@ -86,7 +86,7 @@ class Trial:
             )
 
     def check_batch(self, module: LightningModule, batch: Any) -> None:
-        """Raise in the first training batch, not after the last, where batches have a form that needs forward_fn."""
+        """Raise in a first training batch, not after the last, where batches have a form that needs forward_fn."""
         if self.forward_fn is None and forward_of(module, None) is default_forward:
             input_of(batch)
 
@@ -101,12 +101,7 @@ class Trial:
             )
             return None
         forward_fn = forward_of(module, self.forward_fn)
-        with (
-            undisturbed(trainer, trainer.val_dataloaders),
-            in_stage(trainer, RunningStage.VALIDATING),
-            without_logging(module),
-            trainer.precision_plugin.forward_context(),
-        ):
+        with in_between(trainer, module, RunningStage.VALIDATING, trainer.val_dataloaders):
             return evaluate(module, validation_batches(trainer), self.metric, forward_fn, self.target_fn, shared=True)
 
     def passes(self, before: float | None, after: float | None, max_drop: float | None) -> bool:

@@ -192,8 +192,30 @@ def test_numbers_are_logged(make_trainer, tmp_path):
     assert float(row["reestimation/before"]) == pytest.approx(callback.before)
     assert float(row["reestimation/after"]) == pytest.approx(callback.after)
     assert float(row["reestimation/num_batches"]) == 4
+    assert float(row["reestimation/standard_error"]) == pytest.approx(callback.result.standard_error)
     for layer in callback.result.layers:
-        assert float(row[f"reestimation/kl/{layer.name}"]) == pytest.approx(layer.kl)
+        for number in ("kl", "mean_shift", "variance_ratio"):
+            assert float(row[f"reestimation/{number}/{layer.name}"]) == pytest.approx(getattr(layer, number))
+
+
+def test_figure_goes_to_a_logger_that_takes_figures(make_trainer, tmp_path):
+    figures = []
+
+    class Writer:
+        def add_figure(self, tag: str, figure: Any, global_step: int) -> None:
+            figures.append((tag, len(figure.axes[0].patches), global_step))
+
+    class Board(CSVLogger):
+        experiment = Writer()
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            pass
+
+        save = finalize = log_hyperparams = lambda *args, **kwargs: None
+
+    trainer = make_trainer(qat(), BatchNormReestimation(4), logger=Board(tmp_path))
+    trainer.fit(Direct(), train_loader(), val_loader())
+    assert figures == [("reestimation/drift", 2, trainer.global_step)]
 
 
 # Checkpoints
