@@ -363,7 +363,7 @@ def test_folder_that_cannot_be_written(make_trainer, tmp_path):
     assert not module.seen
 
 
-@pytest.mark.parametrize("metric", [None, "accuracy", lambda x, y: 0, MulticlassAccuracy], ids=str)
+@pytest.mark.parametrize("metric", [None, "accuracy", lambda x, y: 0, MulticlassAccuracy])
 def test_metric_must_be_one(metric, tmp_path):
     with pytest.raises(ConfigurationError, match="metric must be a torchmetrics Metric"):
         RunReport(str(tmp_path), metric)
