@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qbn.calls import watching_calls
 from lightning_qbn.convolution import WeightLayer, channel_view
 from lightning_qbn.errors import CalibrationError, QuantizationWarning, UnsupportedNetworkError
-from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers, switched_off
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, weight_layers
 from lightning_qbn.passes import ForwardFn, check_num_batches, forward, load, quiet
 from lightning_qbn.tracing import join
@@ -39,6 +39,7 @@ def calibrate_quantizers(
     batches: Iterable[Any],
     num_batches: int = 16,
     forward_fn: ForwardFn | None = None,
+    only: Collection[str] | None = None,
 ) -> Calibration:
     """Set scale and zero point of every quantizer; from then on it rounds.
 
@@ -50,6 +51,7 @@ def calibrate_quantizers(
         batches: batches of training data, iterated once.
         num_batches: how many of them to use.
         forward_fn: ``forward_fn(network, batch)``; default: the network on the first element of the batch.
+        only: names of the quantizers to calibrate, such as those whose bits have changed; None: all.
 
     Raises:
         CalibrationError: no batch, a failing one, or NaN or infinity in it. All quantizers are as before.
@@ -63,11 +65,13 @@ def calibrate_quantizers(
         )
     layers = {n: m for n, m in weight_layers(network).items() if not isinstance(m, IntegerWeight)}
     of_weights = {join(name, "weight_quantizer") for name in layers}
-    activations = {name: q for name, q in found.items() if name not in of_weights}
-    with _restored_on_failure(found.values()):
+    wanted = {name: q for name, q in found.items() if only is None or name in only}
+    activations = {name: q for name, q in wanted.items() if name not in of_weights}
+    with _restored_on_failure(wanted.values()), switched_off(found.values()):
         used, seen = observe(network, activations, layers.values(), batches, num_batches, forward_fn)
         for name, layer in layers.items():
-            _calibrate_weight(name, layer)
+            if join(name, "weight_quantizer") in wanted:
+                _calibrate_weight(name, layer)
         for name, values in ((name, values) for name, values in seen.items() if values):
             activations[name].set_range(*range_of(torch.cat(values, dim=1), activations[name]))
     unreached = tuple(name for name in activations if name not in seen)

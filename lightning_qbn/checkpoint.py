@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lightning_qbn.config import as_config
 from lightning_qbn.errors import ConfigurationError
@@ -51,5 +53,19 @@ def load_quantized(cls: type[Module], path: str | Path, *, weights_only: bool = 
     if quantizers(module):
         remove_quantizers(module)  # a network among the hyperparameters came with those it had when it was saved
     insert_quantizers(module, as_config(saved[CHECKPOINT_KEY]["config"]))
+    restore_form(module, saved[CHECKPOINT_KEY])
     module.load_state_dict(saved["state_dict"])
     return module
+
+
+def restore_form(module: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Let quantizers be what they were when a checkpoint was written: a schedule lowers their bits and turns them on.
+
+    Args:
+        module: with quantizers.
+        entry: of the checkpoint, under `CHECKPOINT_KEY`.
+    """
+    bits, phase = entry.get("bits", {}), entry.get("phase")
+    for name, quantizer in quantizers(module).items():
+        quantizer.set_bits(bits.get(name, quantizer.configured_bits))
+        quantizer.enabled = phase is None or phase["quantize"]

@@ -14,6 +14,10 @@ _AVERAGING_CONSTANT = 0.01  # of the moving minimum and maximum of observed acti
 _SMALLEST_SCALE = 2.0**-100  # keeps 1 / scale and products of two scales inside float32
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Forward ``clamp(round(x / scale), low, high) * scale``; gradients of LSQ (Esser et al., section 2.1).
 
@@ -23,7 +27,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = _wide(x.dtype)
         quantized = (x.to(wide) / scale).round_().clamp_(low, high).mul_(scale)
         return quantized.to(x.dtype)
 
@@ -39,7 +43,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, *bounds = ctx.saved_tensors
         low, high = ctx.bounds or bounds
         grad = grads[0]
-        steps = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+        steps = x.to(_wide(x.dtype)) / scale
         inside = (steps >= low) & (steps <= high)
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
@@ -75,7 +79,7 @@ class FakeQuantize(nn.Module):
     It passes its input through until it is calibrated (`set_range`) and while ``enabled`` is False.
 
     Args:
-        bits: width of the integers.
+        bits: width of the integers, ``configured_bits``; a schedule may choose more for a while.
         signed: range around zero; otherwise ``0 .. 2**bits - 1``.
         narrow: leave out the most negative integer (weights).
         scale_shape: ``()`` for one scale per tensor, otherwise broadcastable to the input.
@@ -102,19 +106,19 @@ class FakeQuantize(nn.Module):
         range_estimator: str = "mse",
     ) -> None:
         super().__init__()
-        self.bits, self.signed, self.learned, self.follow_input = bits, signed, learned, follow_input
+        self.signed, self.narrow, self.learned, self.follow_input = signed, narrow, learned, follow_input
         self.range_estimator = range_estimator
-        self.quant_min = -(2 ** (bits - 1)) + int(narrow) if signed else 0
-        self.quant_max = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        self.configured_bits = bits
+        self.set_bits(bits)
         # Infinity says that there is no range yet. A flag would be a buffer, and weight averaging averages those.
-        log2_scale = torch.full(scale_shape, torch.inf)
+        log2_scale = torch.full(scale_shape, torch.inf, dtype=_wide(torch.get_default_dtype()))
         if learned:
             self.log2_scale = nn.Parameter(log2_scale)
         else:
             self.register_buffer("log2_scale", log2_scale)
-            self.register_buffer("minimum", torch.zeros(scale_shape))
-            self.register_buffer("maximum", torch.zeros(scale_shape))
-        self.register_buffer("zero_point", torch.zeros(scale_shape))  # a whole number
+            self.register_buffer("minimum", torch.zeros_like(log2_scale))
+            self.register_buffer("maximum", torch.zeros_like(log2_scale))
+        self.register_buffer("zero_point", torch.zeros_like(log2_scale))  # a whole number
         self.enabled = True
         self.observing = True
         # Control flow reads a Python flag: reading the tensor would break compiled graphs and wait for a GPU.
@@ -124,13 +128,18 @@ class FakeQuantize(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Step between two neighbouring integers; positive, float32 or wider, of shape ``scale_shape``."""
-        wide = torch.promote_types(self.log2_scale.dtype, torch.float32)
-        return torch.exp2(self.log2_scale.to(wide))
+        return torch.exp2(self.log2_scale.to(_wide(self.log2_scale.dtype)))
 
     @property
     def is_calibrated(self) -> bool:
         """Whether a range has been set."""
         return self._ready
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width of the integers; calibrate then, or load a scale that belongs to it."""
+        self.bits = bits
+        self.quant_min = -(2 ** (bits - 1)) + int(self.narrow) if self.signed else 0
+        self.quant_max = 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
 
     @torch.no_grad()
     def set_range(self, minimum: Tensor, maximum: Tensor) -> None:
@@ -197,6 +206,20 @@ class FakeQuantize(nn.Module):
             low = self.minimum + _AVERAGING_CONSTANT * (low - self.minimum)
             high = self.maximum + _AVERAGING_CONSTANT * (high - self.maximum)
         self.set_range(low, high)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the network, but stay in float32 or wider.
+
+        A scale of half precision has no room for the steps that it learns by. Modules with state of their own
+        override this method, such as torchmetrics' Metric.
+        """
+
+        def keep_width(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if narrow else moved
+
+        return super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Bits, range and state."""

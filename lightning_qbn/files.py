@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,16 @@ from lightning_qbn.errors import ExportError, QuantizationError
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an exception."""
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception.
+
+    Its name ends in ``.tmp``: what a killed process leaves behind is taken for no artifact, and is removed by the
+    next one that writes the same file on this machine.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    machine = f".{path.name}.{zlib.crc32(platform.node().encode()):08x}-"
+    _remove_leftovers(path.parent, machine)
+    handle, name = tempfile.mkstemp(prefix=f"{machine}{os.getpid()}-", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -27,6 +35,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(directory: Path, prefix: str) -> None:
+    """Temporary files of processes that live no more."""
+    if os.name != "posix":
+        return  # elsewhere there is no asking whether a process lives
+    for path in directory.iterdir():
+        if path.name.startswith(prefix) and path.suffix == ".tmp":
+            try:
+                os.kill(int(path.name.removeprefix(prefix).split("-")[0]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except (PermissionError, ValueError):
+                pass  # it lives, or the file is none of ours
 
 
 def write_text(path: str | Path, text: str) -> None:

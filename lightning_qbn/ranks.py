@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lightning_qbn.errors import ReestimationError
+from lightning_qbn.errors import QuantizationError, ReestimationError
 
 T = TypeVar("T")
 
@@ -22,11 +22,12 @@ def number() -> int:
     return dist.get_world_size() if _several() else 1
 
 
-def on_all_ranks(work: Callable[[], T]) -> list[T]:
+def on_all_ranks(work: Callable[[], T], error: type[QuantizationError] = ReestimationError) -> list[T]:
     """Do something on every rank and give every rank all results, in the order of the ranks.
 
     Raises:
-        ReestimationError: another rank failed, with its message; this rank's own failure is raised as it is.
+        QuantizationError: of the type ``error``: another rank failed, with its message; this rank's own failure is
+            raised as it is.
     """
     if not _several():
         return [work()]
@@ -34,15 +35,15 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     outcome: tuple[Any, str] = (None, "")
     try:
         outcome = (work(), "")
-    except Exception as error:  # noqa: BLE001  raised again below, after the others know
-        failure, outcome = error, (None, f"{type(error).__name__}: {error}")
+    except Exception as cause:  # noqa: BLE001  raised again below, after the others know
+        failure, outcome = cause, (None, f"{type(cause).__name__}: {cause}")
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(outcomes):
         if message:
-            raise ReestimationError(f"Rank {rank} failed, so that the old statistics are back on all ranks. {message}")
+            raise error(f"Rank {rank} failed, so this is undone on all ranks. {message}")
     return [value for value, _ in outcomes]
 
 

@@ -46,6 +46,7 @@ class RunRecord:
     curve: list[dict[str, Any]] = field(default_factory=list)
     folding: FoldingReport | None = None
     export: ExportReport | None = None
+    source: Any = None  # which weights were exported, as a dataclass
     context: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +69,8 @@ def to_dict(record: RunRecord) -> dict[str, Any]:
             "curve": record.curve,
         },
         "folding": asdict(record.folding) if record.folding else None,
-        "export": record.export.to_dict() if record.export else {"parity": None},
+        "export": (record.export.to_dict() if record.export else {"parity": None})
+        | {"source": asdict(record.source) if record.source else None},
         "sizes": {"float": record.float_bytes, "onnx": record.export.bytes if record.export else None},
         "config": None,
         "versions": _versions(),

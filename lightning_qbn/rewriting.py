@@ -29,7 +29,8 @@ class Rewritten(nn.Module):
         """A copy of the same class: graphs do not change once they are installed."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        state = self.__getstate__()  # type: ignore[no-untyped-call]  # not __dict__: that holds compiled code
+        state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
+        state.pop("_compiled_call_impl", None)  # of module.compile(): it would call the module that was copied
         copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         return copied
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_qbn.callbacks.batches import forward_of, sampled_train_batches, validation_batches
-from lightning_qbn.callbacks.order import check_order
+from lightning_qbn.callbacks.building import plain
+from lightning_qbn.callbacks.choosing import Chosen
+from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
+from lightning_qbn.callbacks.order import check_trainer, find
+from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
 from lightning_qbn.export.encodings import export_encodings
 from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
@@ -23,6 +29,7 @@ from lightning_qbn.folding import FoldingReport, fold_batch_norms
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, quiet
+from lightning_qbn.ranks import on_all_ranks
 
 _SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
 
@@ -46,12 +53,14 @@ class QuantizedExport(Callback):
         folding: what was folded and what was not, and why.
         report: path, size and parity of the ONNX file.
         files: format to the path that was written.
+        source: which weights were exported: those of the end of training, or of its best checkpoint.
     """
 
     folded: LightningModule | None = None
     network: str = ""
     folding: FoldingReport | None = None
     report: ExportReport | None = None
+    source: Chosen | None = None
 
     def __init__(
         self,
@@ -60,9 +69,13 @@ class QuantizedExport(Callback):
         example_input: Tensor | tuple[Any, ...] | None = None,
         forward_fn: ForwardFn | None = None,
     ) -> None:
-        unknown = [name for name in formats if name not in _SUFFIXES]
-        if isinstance(formats, str) or unknown or not formats:
+        listed = isinstance(formats, Sequence) and not isinstance(formats, str)
+        if not listed or not formats or any(name not in _SUFFIXES for name in formats):
             raise ConfigurationError(f"formats must be some of {list(_SUFFIXES)}, found {formats!r}.")
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(f"path must be that of a file, such as 'model.onnx', found {path!r}.")
+        if forward_fn is not None and not callable(forward_fn):
+            raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
         self.path = Path(path)
         self.formats = tuple(formats)
         self.example_input = example_input
@@ -71,19 +84,23 @@ class QuantizedExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: everything that would stop the export is found before training."""
+        check_trainer(trainer, stage)
         if stage != "fit":
             return
-        check_order(trainer)
+        self.folded, self.folding, self.report, self.files, self.source = None, None, None, {}, None
+        self._example = None
         if trainer.is_global_zero:
             check_writable(self.path.parent)
             if self.path.is_dir():
                 raise ExportError(f"QuantizedExport(path={str(self.path)!r}) is a folder; give a file in it.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with the module complete: is there a network to export, and which?"""
         if not weight_layers(pl_module):
             raise ConfigurationError(
                 "QuantizedExport found no quantizers. Put QuantizationAwareTraining before it in the Trainer's "
                 "callbacks, or call insert_quantizers(module, config) before fit."
             )
-        self.folded, self.folding, self.report, self.files = None, None, None, {}
         networks = outermost_networks(pl_module)
         self.network = next(iter(networks)) if len(networks) == 1 else ""
         if any(not name.startswith(f"{self.network}.") for name in weight_layers(pl_module)):
@@ -98,10 +115,13 @@ class QuantizedExport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called while device and loaders are there: note the arguments that the network gets."""
         if self.example_input is None:
-            self._example = self._capture(trainer, pl_module)
+            on_all_ranks(lambda: self._capture(trainer, pl_module), ExportError)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last, on the CPU: fold a copy and write the files, on rank zero."""
+        if self.example_input is None and self._example is None and had_nothing_left(trainer):
+            with as_in_training(trainer, pl_module):
+                on_all_ranks(lambda: self._capture(trainer, pl_module), ExportError)
         example = self.example_input if self.example_input is not None else self._example
         if example is None:
             rank_zero_warn(
@@ -109,14 +129,17 @@ class QuantizedExport(Callback):
                 "Pass example_input, or call fold_batch_norms and export_onnx.",
                 category=QuantizationWarning,
             )
-        elif trainer.is_global_zero:
-            self._export(pl_module, example)
-        trainer.strategy.barrier("QuantizedExport")
+            return
+        reestimation = find(trainer, BatchNormReestimation)
+        chosen = None if reestimation is None else reestimation.chosen
+        self.source = chosen or Chosen("last", max(trainer.current_epoch - 1, 0), trainer.global_step)
+        # All ranks wait for the file, and hear of it where it cannot be written.
+        on_all_ranks(lambda: self._export(pl_module, example) if trainer.is_global_zero else None, ExportError)
 
     _example: tuple[Any, ...] | None = None
 
-    def _capture(self, trainer: Trainer, module: LightningModule) -> tuple[Any, ...]:
-        """Arguments of the network in its first call on a validation batch, or on a training batch."""
+    def _capture(self, trainer: Trainer, module: LightningModule) -> None:
+        """Note the arguments of the network in its first call on a validation batch, or on a training batch."""
         target = module.get_submodule(self.network) if self.network else module
         seen: list[tuple[Any, ...]] = []
 
@@ -137,18 +160,21 @@ class QuantizedExport(Callback):
                 f"forward_fn did not call the network {self.network or type(module).__name__!r}, so no example "
                 f"of its input is known. Pass example_input."
             )
-        return seen[0]
+        self._example = seen[0]
 
     def _export(self, module: LightningModule, example: Tensor | tuple[Any, ...]) -> None:
-        folded = fold_batch_norms(copy.deepcopy(module).cpu())
+        folded = fold_batch_norms(plain(copy.deepcopy(module)).cpu())
         self.folding = folded.report  # type: ignore[assignment]
         self.folded = folded  # type: ignore[assignment]
+        # A network that was compiled is copied as it was before.
+        self.network = ".".join(part for part in self.network.split(".") if part != "_orig_mod")
         target = folded.get_submodule(self.network) if self.network else folded
         files = {name: self.path.with_name(self.path.stem + suffix) for name, suffix in _SUFFIXES.items()}
         files["onnx"] = self.path
         config = getattr(module, "quantization_config", None)
         if "onnx" in self.formats:
-            metadata = describe({"quantization_config": config.to_dict()} if config else {})
+            entries = {"quantization_config": config.to_dict()} if config else {}
+            metadata = describe({**entries, "source": asdict(self.source) if self.source else None})
             self.report = export_onnx(target, files["onnx"], example, metadata)
         if "encodings" in self.formats:
             export_encodings(target, files["encodings"])

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_qbn.callbacks.choosing import Chosen, load_file, other_weights
 from lightning_qbn.drift import Reestimation
+from lightning_qbn.errors import QuantizationWarning
+
+STATISTICS_KEY = "lightning_qbn_statistics"  # of a checkpoint, to one of the two:
+OF_TRAINING, REESTIMATED = "training", "reestimated"
 
 
 def log(trainer: Trainer, result: Reestimation, before: float | None, after: float | None) -> None:
@@ -35,39 +41,105 @@ def log(trainer: Trainer, result: Reestimation, before: float | None, after: flo
             add_figure("reestimation/drift", result.plot(), global_step=trainer.global_step)
 
 
-def save(trainer: Trainer) -> None:
-    """Write the re-estimated network beside the checkpoints; all ranks take part."""
-    keeper = trainer.checkpoint_callback
-    if isinstance(keeper, ModelCheckpoint) and keeper.dirpath and (keeper.best_model_path or keeper.last_model_path):
-        trainer.save_checkpoint(Path(keeper.dirpath) / "reestimated.ckpt", weights_only=False)
+def complete(checkpoint: dict[str, Any], shipped: Reestimation | None) -> None:
+    """Put what was re-estimated into a checkpoint that is being written, and say whose statistics it has.
 
-
-def write_to_checkpoints(module: LightningModule, shipped: Callable[[LightningModule], dict[str, Tensor]]) -> None:
-    """Put these values into every checkpoint's ``state_dict``.
-
-    By the module's own hook: those of callbacks are not called for checkpoints of weights alone, and weight averaging
-    exchanges the ``state_dict`` in its hook.
+    At the end of training the module has them itself, but weight averaging puts those of its copy into the file.
     """
-    leave_checkpoints(module)
-    own = module.on_save_checkpoint
-
-    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        own(checkpoint)
-        for name, value in shipped(module).items():
-            if name in checkpoint["state_dict"]:
-                checkpoint["state_dict"][name] = value.clone()
-
-    module.__dict__["on_save_checkpoint"] = on_save_checkpoint
+    checkpoint[STATISTICS_KEY] = OF_TRAINING if shipped is None else REESTIMATED
+    values = {} if shipped is None else shipped.state(new=True)
+    weights = checkpoint["state_dict"]
+    weights.update({name: value.clone() for name, value in values.items() if name in weights})
 
 
-def put_back(module: LightningModule, values: dict[str, Tensor]) -> None:
-    """Write values into parameters and buffers, by name: a module may save a part of itself under others."""
-    present = dict((*module.named_parameters(), *module.named_buffers()))
-    with torch.no_grad():
-        for name, value in values.items():
-            present[name].copy_(value)
+def warn_of_old(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Say so where a validation, test or prediction loads statistics that were not re-estimated."""
+    if trainer.state.fn != TrainerFn.FITTING and checkpoint.get(STATISTICS_KEY) == OF_TRAINING:
+        rank_zero_warn(
+            f"{trainer.ckpt_path} was written before batch-norm was re-estimated: what is measured has the statistics "
+            f"of training. The best and the last checkpoint of a finished run have re-estimated ones.",
+            category=QuantizationWarning,
+        )
 
 
-def leave_checkpoints(module: LightningModule) -> None:
-    """Take back `write_to_checkpoints`."""
-    module.__dict__.pop("on_save_checkpoint", None)
+def write_again(
+    trainer: Trainer,
+    module: LightningModule,
+    chosen: Chosen,
+    result: Reestimation,
+    key: str,
+    estimate: Callable[[], Reestimation],
+) -> None:
+    """Give the best and the last checkpoint re-estimated statistics: each those of its own weights.
+
+    They were written before re-estimation, so that ``test(ckpt_path="best")`` would bring the old ones back. What is
+    in the module is also written to ``reestimated.ckpt`` beside them.
+
+    Args:
+        trainer: at the end of its training; all ranks take part.
+        module: with re-estimated statistics.
+        chosen: what is in the module.
+        result: what was re-estimated.
+        key: of the callback's state.
+        estimate: re-estimates the module on the weights that it has.
+    """
+    for path in _files(trainer):
+        saved = load_file(trainer, path)
+        if saved is None:
+            continue
+        if trainer.strategy.broadcast(_same_weights(module, saved, result)):
+            _enter(saved, result, key)
+        elif saved.get(STATISTICS_KEY) != REESTIMATED:
+            with other_weights(trainer, module, saved, key):
+                _enter(saved, estimate(), key)
+        else:
+            continue
+        trainer.strategy.save_checkpoint(saved, path)
+    beside = _beside(trainer)
+    if beside is not None:
+        if chosen.path is None:
+            trainer.save_checkpoint(beside, weights_only=False)
+        elif (saved := load_file(trainer, chosen.path)) is not None:
+            trainer.strategy.save_checkpoint(saved, beside)
+    trainer.strategy.barrier("BatchNormReestimation")
+
+
+def forget(trainer: Trainer) -> None:
+    """Remove what an earlier run wrote beside the checkpoints, where this one keeps nothing."""
+    beside = _beside(trainer)
+    if beside is not None and trainer.is_global_zero:
+        beside.unlink(missing_ok=True)
+
+
+def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _files(trainer: Trainer) -> list[str]:
+    """The best and the last checkpoint of each ModelCheckpoint; a last one that is a link to the best is the best."""
+    named = [path for k in _keepers(trainer) for path in (k.best_model_path, k.last_model_path) if path]
+    real = dict.fromkeys(path if "://" in path else str(Path(path).resolve()) for path in named)
+    present: list[str] = trainer.strategy.broadcast([p for p in real if "://" in p or Path(p).is_file()])
+    return present
+
+
+def _beside(trainer: Trainer) -> Path | None:
+    written = next((k for k in _keepers(trainer) if k.dirpath and (k.best_model_path or k.last_model_path)), None)
+    return None if written is None else Path(str(written.dirpath)) / "reestimated.ckpt"
+
+
+def _same_weights(module: LightningModule, saved: dict[str, Any], result: Reestimation) -> bool:
+    """Whether a checkpoint has the module's weights: all but what re-estimation changes."""
+    changed = result.state(new=True)
+    present = {name: value for name, value in module.state_dict().items() if name not in changed}
+    weights = {name: value for name, value in saved["state_dict"].items() if name in present}
+    return bool(weights) and all(torch.equal(value, present[name].cpu()) for name, value in weights.items())
+
+
+def _enter(saved: dict[str, Any], result: Reestimation, key: str) -> None:
+    """Put re-estimated values into a checkpoint, and beside them what a resumed run goes on with."""
+    complete(saved, result)
+    state = saved.get("callbacks", {}).get(key)
+    # Weight averaging keeps the module's own state elsewhere, from where it comes back.
+    if state is not None and not state["training"] and "current_model_state" not in saved:
+        state["training"] = {name: value.cpu().clone() for name, value in result.state(new=False).items()}

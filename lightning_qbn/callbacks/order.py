@@ -1,13 +1,14 @@
-"""The order in which the callbacks can work together, checked before training."""
+"""What Trainers the callbacks work in, and the order in which they work together, checked before training."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_qbn.errors import ConfigurationError
+from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
 
 Kind = TypeVar("Kind", bound=Callback)
 _RIGHT = "QuantizationAwareTraining, weight averaging, BatchNormReestimation, QuantizedExport, RunReport"
@@ -23,6 +24,27 @@ _REASONS = {
     ("BatchNormReestimation", "RunReport"): "the report reads what re-estimation did",
     ("QuantizedExport", "RunReport"): "the report reads what was exported",
 }
+
+
+def check_trainer(trainer: Any, stage: str) -> None:
+    """Raise where the callbacks cannot work in this Trainer.
+
+    Raises:
+        ConfigurationError: it is of another package, or has its callbacks in an order that cannot work.
+        UnsupportedNetworkError: its strategy hides parameters.
+    """
+    if not isinstance(trainer, Trainer):
+        raise ConfigurationError(
+            f"This Trainer is that of {type(trainer).__module__.split('.')[0]}, and lightning_qbn works in that of "
+            f"lightning. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
+        )
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise UnsupportedNetworkError(
+            f"{type(trainer.strategy).__name__} splits parameters over devices, which hides them from quantizers. "
+            f"Use strategy='ddp' or a single device."
+        )
+    if stage == "fit":
+        check_order(trainer)
 
 
 def check_order(trainer: Trainer) -> None:

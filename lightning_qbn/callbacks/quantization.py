@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qbn import __version__
-from lightning_qbn.calibration import calibrate_quantizers
-from lightning_qbn.callbacks.batches import available_train_batches, forward_of, sampled_train_batches
+from lightning_qbn.callbacks import phases, saving
+from lightning_qbn.callbacks.batches import forward_of
+from lightning_qbn.callbacks.building import check_complete, layers_of, when_built
+from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.optimizers import separate_scales
-from lightning_qbn.callbacks.order import check_order
-from lightning_qbn.callbacks.progress import progress
-from lightning_qbn.callbacks.watching import ReachedQuantizers
+from lightning_qbn.callbacks.order import check_trainer
+from lightning_qbn.callbacks.storage import write_atomically
+from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
-from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.insertion import InsertionReport, insert_quantizers
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
-from lightning_qbn.schedule import QATSchedule
+from lightning_qbn.schedule import Phase, QATSchedule, as_schedule
 
 # Of the logarithm of a scale (Jain et al., appendix B, bound it too). A nearly constant channel before a
 # batch-norm has gradients of 1e5: a weight of 100 does no harm there, a scale of 2**100 ends the training.
@@ -41,7 +42,8 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         config: bits, granularity, overrides; a mapping of the same fields will do. Default: 8 bits.
-        schedule: float epochs first, when scales and batch-norm freeze. Default: quantize from the start.
+        schedule: float epochs first, bits that fall step by step, when scales and batch-norm freeze; a mapping
+            of the same fields will do. Default: quantize from the start.
         num_batches: training batches for calibration.
         scale_lr: learning rate of the learned scales, which are logarithms: 0.001 moves a scale by about
             0.07 % per step of Adam. Default: that of their optimizer. Weight decay is always 0 for them.
@@ -54,50 +56,61 @@ class QuantizationAwareTraining(Callback):
     Attributes:
         report: what was inserted, from ``setup`` on.
         frozen_batch_norms: those that the schedule holds in eval mode now.
+        phase: what the schedule says of this moment; None before training.
     """
 
     report: InsertionReport | None = None
+    phase: Phase | None = None
 
     def __init__(
         self,
         config: QuantizationConfig | Mapping[str, Any] | None = None,
-        schedule: QATSchedule | None = None,
+        schedule: QATSchedule | Mapping[str, Any] | None = None,
         num_batches: int = 16,
         scale_lr: float | None = None,
         forward_fn: ForwardFn | None = None,
         seed: int = 0,
     ) -> None:
         check_num_batches(num_batches)
-        if scale_lr is not None and not scale_lr >= 0:
+        if scale_lr is not None and (not isinstance(scale_lr, int | float) or not scale_lr >= 0):
             raise ConfigurationError(f"scale_lr must be 0 or more, found {scale_lr!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
+        if forward_fn is not None and not callable(forward_fn):
+            raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
         self.config = as_config(config)
-        self.schedule = schedule or QATSchedule()
+        self.schedule = as_schedule(schedule)
         self.num_batches, self.scale_lr, self.forward_fn, self.seed = num_batches, scale_lr, forward_fn, seed
         self.frozen_batch_norms: list[nn.Module] = []
+        self._shown: Phase | None = None
         self._watch: ReachedQuantizers | None = None
+        self._layers: set[str] = set()
+        # Looked up once: a walk over the modules of a large network would cost a percent of every step.
+        self._quantizers: list[FakeQuantize] = []
+        self._scales: list[nn.Parameter] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first in every stage: insert quantizers unless they are there."""
-        _refuse_sharding(trainer.strategy)
+        check_trainer(trainer, stage)
         if stage == "fit":
-            check_order(trainer)
-            self.schedule.check(trainer.max_epochs)
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()  # Lightning calls it after this hook, and again: it is idempotent
-        present = getattr(pl_module, "quantization_config", None)
-        if present is None:
-            self.report = insert_quantizers(pl_module, self.config)
-        elif present != self.config:
-            raise UnsupportedNetworkError(
-                f"{type(pl_module).__name__} was quantized with another config: "
-                f"{differences(present.to_dict(), self.config.to_dict())}. Use the same one, or call "
-                f"remove_quantizers(module) first."
+            self._check_schedule(trainer.max_epochs if self.schedule.unit == "epoch" else trainer.max_steps)
+            write_atomically(trainer)
+            extend(
+                pl_module, "on_save_checkpoint", self, after=lambda checkpoint: self._describe(pl_module, checkpoint)
             )
-        self._check_checkpoints_of(pl_module, True)
+        extend(
+            pl_module,
+            "on_load_checkpoint",
+            self,
+            # Before the weights are loaded, which with those of other quantizers fails with a page of names.
+            before=lambda checkpoint: saving.prepare(trainer, pl_module, self.config, checkpoint),
+        )
+        when_built(trainer, pl_module, self, self._insert)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when optimizers exist and have no state yet: give learned scales their own group."""
-        self._watch = None
+        self._watch = self.phase = self._shown = None
+        check_complete(pl_module, self._layers)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         untrained = separate_scales(pl_module, trainer.optimizers, schedulers, self.scale_lr)
         if untrained:
@@ -108,17 +121,32 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called once device, loaders and restored state are in place, also in the middle of an epoch."""
-        self._enter(trainer, pl_module)
+        self._quantizers = list(quantizers(pl_module).values())
+        self._scales = [q.log2_scale for q in self._quantizers if isinstance(q.log2_scale, nn.Parameter)]
+        if self.schedule.unit == "step":
+            steps = trainer.estimated_stepping_batches
+            self._check_schedule(int(steps) if math.isfinite(steps) else None)
+        phase = self._now(trainer)
+        if not any(q.is_calibrated for q in self._quantizers):
+            phases.set_bits(pl_module, phase)
+            self._calibrate(trainer, pl_module, quantizers(pl_module))
+        self._enter(trainer, pl_module, phase)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the start of every epoch, but not on resuming in the middle of one."""
-        if 0 < self.schedule.float_epochs == trainer.current_epoch:
-            self._calibrate(trainer, pl_module)  # anew: the weights have moved since training started
-        self._enter(trainer, pl_module)
+        if self.schedule.unit == "epoch":
+            self._proceed(trainer, pl_module)
+        else:
+            self._enter(trainer, pl_module, self._now(trainer))  # training flags are new in every epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before a batch: in the first one, note which activation quantizers it reaches."""
-        if self._watch is None and self.schedule.phase(trainer.current_epoch).quantize:
+        """Called before a batch: follow a schedule of steps; note which activation quantizers the first one reaches."""
+        if self.schedule.unit == "step" and self._now(trainer) != self.phase:
+            self._proceed(trainer, pl_module)
+        if self.phase != self._shown and self.phase is not None:
+            phases.show(trainer, pl_module, self.phase)
+            self._shown = self.phase
+        if self._watch is None and self.phase is not None and self.phase.quantize:
             self._watch = ReachedQuantizers(pl_module)
 
     def on_train_batch_end(
@@ -130,92 +158,98 @@ class QuantizationAwareTraining(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called with gradients ready and unscaled: those of scales are bounded, frozen scales get none."""
-        move = self.schedule.phase(trainer.current_epoch).move_scales
-        for quantizer in quantizers(pl_module).values():
-            gradient = quantizer.log2_scale.grad
-            if gradient is not None and move:
-                gradient.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT)
-            elif gradient is not None:
-                quantizer.log2_scale.grad = None
+        if self.phase is not None and self.phase.move_scales:
+            moving = [scale for scale in self._scales if scale.grad is not None]
+            if moving:
+                torch.nn.utils.clip_grad_value_(moving, _LARGEST_GRADIENT)
+            return
+        for scale in self._scales:
+            scale.grad = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before a validation; one of its own must not measure a float network without saying so."""
+        warn_of_float(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before a test, likewise."""
+        warn_of_float(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before a prediction, likewise."""
+        warn_of_float(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch: batch-norms frozen by the schedule are free again."""
-        self._unfreeze_batch_norms(pl_module)
+        self._unfreeze_batch_norms()
+        more = sorted({q.bits for q in self._quantizers if q.bits != q.configured_bits})
+        if more or (self.phase is not None and not self.phase.quantize):
+            rank_zero_warn(
+                f"Training ended before its schedule did: the network has "
+                f"{f'quantizers of {more} bits still' if more else 'been trained in float only'}.",
+                category=QuantizationWarning,
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when training breaks off: as after the last epoch."""
-        self._unfreeze_batch_norms(pl_module)
-        self._check_checkpoints_of(pl_module, False)
+        self._unfreeze_batch_norms()
+        if isinstance(pl_module, LightningModule):
+            release(pl_module, self)
         if self._watch is not None:
             self._watch.stop()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called for every checkpoint: it says how to insert the quantizers that its weights belong to."""
-        checkpoint[CHECKPOINT_KEY] = {"config": self.config.to_dict(), "version": __version__}
+        """Called for every checkpoint, after fit too: it says what quantizers its weights belong to."""
+        self._describe(pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called last in every stage."""
-        self._check_checkpoints_of(pl_module, False)
+        release(pl_module, self)
 
-    def _check_checkpoints_of(self, module: LightningModule, check: bool) -> None:
-        """Look at a checkpoint before its weights are loaded.
-
-        Lightning's `Callback.on_load_checkpoint` comes after that, when tensors of another shape have already
-        failed with a page of names; the LightningModule's own hook comes before it.
-        """
-        module.__dict__.pop("on_load_checkpoint", None)
-        if check:
-            own = module.on_load_checkpoint
-
-            def checked(checkpoint: dict[str, Any]) -> None:
-                self._compare(checkpoint)
-                own(checkpoint)
-
-            module.__dict__["on_load_checkpoint"] = checked
-
-    def _compare(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(CHECKPOINT_KEY)
-        if saved is not None and saved["config"] != self.config.to_dict():
-            raise ConfigurationError(
-                f"The checkpoint was trained with another quantization config: "
-                f"{differences(saved['config'], self.config.to_dict())}. Resume with the config of the checkpoint."
+    def _insert(self, module: LightningModule) -> None:
+        present: Any = module.quantization_config if quantizers(module) else None
+        if present is None:
+            self.report = insert_quantizers(module, self.config)
+        elif present != self.config:
+            raise UnsupportedNetworkError(
+                f"{type(module).__name__} was quantized with another config: "
+                f"{saving.differences(present.to_dict(), self.config.to_dict())}. Use the same one, or call "
+                f"remove_quantizers(module) first."
             )
+        self._layers = layers_of(module)
 
-    def _enter(self, trainer: Trainer, module: LightningModule) -> None:
-        phase = self.schedule.phase(trainer.current_epoch)
-        if not any(q.is_calibrated for q in quantizers(module).values()):
-            self._calibrate(trainer, module)
-        for quantizer in quantizers(module).values():
-            quantizer.enabled, quantizer.observing = phase.quantize, phase.move_scales
+    def _describe(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = saving.describe(module, self.config, self.phase)
+
+    def _check_schedule(self, end: int | None) -> None:
+        for late in self.schedule.check(end, self.config):
+            rank_zero_warn(f"Of the schedule, {late}.", category=QuantizationWarning)
+
+    def _now(self, trainer: Trainer) -> Phase:
+        return self.schedule.phase(trainer.current_epoch if self.schedule.unit == "epoch" else trainer.global_step)
+
+    def _proceed(self, trainer: Trainer, module: LightningModule) -> None:
+        """Go on to the present phase; quantizers that it switches on or gives other bits are calibrated first."""
+        phase = self._now(trainer)
+        at = trainer.current_epoch if self.schedule.unit == "epoch" else trainer.global_step
+        changed = phases.set_bits(module, phase)
+        if 0 < self.schedule.float_epochs == at:
+            changed = list(quantizers(module))  # anew: the weights have moved since training started
+        if changed:
+            self._calibrate(trainer, module, changed)
+        self._enter(trainer, module, phase)
+
+    def _enter(self, trainer: Trainer, module: LightningModule, phase: Phase) -> None:
+        self.phase = phase
+        for quantizer in self._quantizers:
+            quantizer.enabled, quantizer.observing = phase.quantize, phase.observe
         if not phase.update_batch_norm:
             moving = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
             self.frozen_batch_norms += [layer.eval() for layer in moving]
 
-    def _unfreeze_batch_norms(self, module: LightningModule) -> None:
+    def _unfreeze_batch_norms(self) -> None:
         for layer in self.frozen_batch_norms:
             layer.train()
         self.frozen_batch_norms = []
 
-    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        wanted = available_train_batches(trainer, self.num_batches)
-        with sampled_train_batches(trainer, wanted, self.seed) as batches:
-            shown = progress(trainer, batches, wanted, "Calibrating quantizers")
-            calibrate_quantizers(module, shown, wanted, forward_of(module, self.forward_fn))
-        for quantizer in quantizers(module).values():
-            # Every rank saw its own data; the ranges of rank 0 hold for all, as DDP does with weights.
-            quantizer.load_state_dict(trainer.strategy.broadcast(quantizer.state_dict(), src=0))
-
-
-def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """The fields in which two configs differ, as text."""
-    return ", ".join(
-        f"{key}: {saved.get(key)!r} against {present[key]!r}" for key in present if saved.get(key) != present[key]
-    )
-
-
-def _refuse_sharding(strategy: Strategy) -> None:
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise UnsupportedNetworkError(
-            f"{type(strategy).__name__} splits parameters over devices, which hides them from quantizers. "
-            f"Use strategy='ddp' or a single device."
-        )
+    def _calibrate(self, trainer: Trainer, module: LightningModule, names: Collection[str]) -> None:
+        phases.calibrate(trainer, module, names, self.num_batches, forward_of(module, self.forward_fn), self.seed)

@@ -9,17 +9,20 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn
 from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds, check_run
-from lightning_qbn.callbacks.keeping import leave_checkpoints, log, put_back, save, write_to_checkpoints
-from lightning_qbn.callbacks.order import check_order
-from lightning_qbn.callbacks.trial import CurvePoint, Trial, frozen_batch_norms, share_statistics
+from lightning_qbn.callbacks.choosing import Chosen, check_choice, choose, put_back
+from lightning_qbn.callbacks.hooks import extend, release
+from lightning_qbn.callbacks.keeping import complete, forget, log, warn_of_old, write_again
+from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
+from lightning_qbn.callbacks.order import check_trainer
+from lightning_qbn.callbacks.storage import write_atomically
+from lightning_qbn.callbacks.trial import CurvePoint, Trial, batch_norms, frozen_batch_norms, share_statistics
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
-from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn, check_num_batches
 from lightning_qbn.reestimation import Settings
 
@@ -27,9 +30,9 @@ from lightning_qbn.reestimation import Settings
 class BatchNormReestimation(Callback):
     """Re-estimate batch-norm statistics over sampled training batches.
 
-    At the end of ``fit`` always: the network keeps the new statistics, which are also written to
-    ``reestimated.ckpt`` beside the checkpoints of a ModelCheckpoint, whose own files were written before. On
-    request before every validation, and at chosen epochs.
+    At the end of ``fit`` always: the network keeps the new statistics, and the best and the last checkpoint of a
+    ModelCheckpoint are written again, each with those of its own weights; ``reestimated.ckpt`` beside them is the
+    network as ``fit`` leaves it. On request before every validation, and at chosen epochs.
 
     Args:
         num_batches: training batches to use, at most one epoch, on each rank.
@@ -49,6 +52,8 @@ class BatchNormReestimation(Callback):
             keeps them in any case.
         recalibrate_ranges: also choose observed activation ranges anew, see `reestimate_batch_norms`.
         loader: batches to use instead of the train loader's, such as without augmentation.
+        checkpoint: ``"best"`` loads the best checkpoint of the Trainer's ModelCheckpoint at the end of training and
+            goes on with its weights, which `QuantizedExport` exports then; ``"last"`` stays with those of the end.
 
     Raises:
         ReestimationError: a setting is wrong.
@@ -59,8 +64,10 @@ class BatchNormReestimation(Callback):
         after: the metric after it.
         kept: whether the statistics were kept; None before the end of training.
         curve: what was found at the chosen epochs.
+        chosen: the weights that the network has at the end, and where they are from.
     """
 
+    chosen: Chosen | None = None
     result: Reestimation | None = None
     before: float | None = None
     after: float | None = None
@@ -82,33 +89,41 @@ class BatchNormReestimation(Callback):
         max_drop: float | None = None,
         recalibrate_ranges: bool = False,
         loader: Iterable[Any] | None = None,
+        checkpoint: Literal["last", "best"] = "last",
     ) -> None:
         check_num_batches(num_batches, ReestimationError)
         flags = {"before_validation": before_validation, "recalibrate_ranges": recalibrate_ranges}
         check_kinds(metric, seed, loader, flags, {"forward_fn": forward_fn, "target_fn": target_fn})
         check_gate(max_drop, metric)
+        if checkpoint not in ("last", "best"):
+            raise ReestimationError(f"checkpoint must be 'last' or 'best', found {checkpoint!r}.")
         settings = Settings(mode, estimator, tolerance, memory_gib)
         self._trial = Trial(num_batches, settings, recalibrate_ranges, metric, forward_fn, target_fn, seed, loader)
-        self.before_validation, self.max_drop = before_validation, max_drop
+        self.before_validation, self.max_drop, self.checkpoint = before_validation, max_drop, checkpoint
         self.at_epochs = check_epochs(at_epochs, metric)
         self.curve: list[CurvePoint] = []
         self._validated: Reestimation | None = None  # with what the last validation saw, if no batch came after it
         self._of_training: dict[str, Tensor] = {}  # from the checkpoint of a run that is resumed
+        self._norms: dict[str, nn.Module] = {}  # looked up once for all batches
         self._frozen: frozenset[str] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the order of callbacks, and whether there is a batch-norm at all."""
+        check_trainer(trainer, stage)
         if stage != "fit":
             return
-        check_order(trainer)
-        self.result = self.before = self.after = self.kept = self._validated = None
+        self.result = self.before = self.after = self.kept = self.chosen = self._validated = None
         self.curve, self._of_training, self._frozen = [], {}, frozenset()
         check_run(trainer, self.before_validation, self.at_epochs)
-        write_to_checkpoints(pl_module, self._shipped)
+        check_choice(trainer, self.checkpoint)
+        write_atomically(trainer)
+        # By the module's own hook: those of callbacks are not called for checkpoints of weights alone, and weight
+        # averaging exchanges the state_dict in its hook.
+        extend(pl_module, "on_save_checkpoint", self, after=lambda saved: complete(saved, self._in_checkpoints()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the module complete: is there anything to do, and is it known how?"""
-        if _has_batch_norm(pl_module):
+        if batch_norms(pl_module):
             check_forward(pl_module, self._trial.forward_fn)
             return
         rank_zero_warn(
@@ -120,7 +135,7 @@ class BatchNormReestimation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with restored state: a checkpoint of a validated network holds what training goes on with."""
         put_back(pl_module, self._of_training)
-        self._of_training = {}
+        self._of_training, self._norms = {}, batch_norms(pl_module)
         # The epoch of a checkpoint that was written in its last batch does not end again.
         if trainer.current_epoch in self.at_epochs and trainer.current_epoch not in {p.epoch for p in self.curve}:
             self._record(trainer, pl_module, trainer.current_epoch)
@@ -128,7 +143,7 @@ class BatchNormReestimation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a batch, after which the last validation tells nothing about the weights any more."""
         self._validated = None
-        if batch_idx == 0 and _has_batch_norm(pl_module):
+        if batch_idx == 0 and batch_norms(pl_module):
             self._trial.check_batch(pl_module, batch)
 
     def on_train_batch_end(
@@ -136,12 +151,12 @@ class BatchNormReestimation(Callback):
     ) -> None:
         """Called after a batch: in a validation all batch-norms are in eval mode, so note which the user froze."""
         if self.before_validation:
-            self._frozen = frozen_batch_norms(trainer, pl_module)
+            self._frozen = frozen_batch_norms(trainer, self._norms)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before a validation, which sees the statistics that would ship."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self.before_validation and fitting and _has_batch_norm(pl_module):
+        if self.before_validation and fitting and batch_norms(pl_module):
             self._validated = self._trial.reestimate(trainer, pl_module, self._frozen)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,13 +180,57 @@ class BatchNormReestimation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch, with device, loaders and processes still there."""
-        if not _has_batch_norm(pl_module):
+        self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when training breaks off: the statistics of training are back."""
+        if self._validated is not None and self._validated.is_in_place():
+            self._validated.undo()
+        self._validated = None
+        if isinstance(pl_module, LightningModule):
+            release(pl_module, self)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called last: a run that was killed after its last epoch, and resumed, comes to its end only here."""
+        if self.chosen is None and had_nothing_left(trainer):
+            with as_in_training(trainer, pl_module):
+                put_back(pl_module, self._of_training)
+                self._finish(trainer, pl_module)
+        if self.result is None and batch_norms(pl_module):
+            rank_zero_warn(
+                "No training took place, so batch-norm statistics are those of the checkpoint and were not "
+                "re-estimated. Use reestimate_batch_norms(module, loader), or train for more epochs.",
+                category=QuantizationWarning,
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called last in every stage."""
+        release(pl_module, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve, and the statistics of training where the checkpoint holds others."""
+        shipped = self._in_checkpoints()
+        training = {} if shipped is None else shipped.state(new=False)
+        return {"curve": [asdict(point) for point in self.curve], "training": training}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint: take over from a run that is resumed."""
+        warn_of_old(trainer, checkpoint)
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is not None and trainer.state.fn == TrainerFn.FITTING:
+            self.curve = [CurvePoint(**point) for point in saved["curve"]]
+            self._of_training = saved["training"]
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Re-estimate the weights that ship, measure, and keep what was found unless it is worse."""
+        self.chosen = choose(trainer, module, self.checkpoint, self.state_key)
+        if not batch_norms(module):
             return
-        share_statistics(trainer, pl_module)
-        self.before = self._trial.measure(trainer, pl_module)
-        result = self._trial.reestimate(trainer, pl_module, frozen_batch_norms(trainer, pl_module))
+        share_statistics(trainer, module)
+        self.before = self._trial.measure(trainer, module)
+        result = self._estimate(trainer, module)
         try:
-            self.after = self._trial.measure(trainer, pl_module)
+            self.after = self._trial.measure(trainer, module)
         except BaseException:
             result.undo()
             raise
@@ -181,60 +240,27 @@ class BatchNormReestimation(Callback):
             result.undo()
         log(trainer, result, self.before, self.after)
         if self.kept:
-            save(trainer)
+            write_again(trainer, module, self.chosen, result, self.state_key, lambda: self._estimate(trainer, module))
+        else:
+            forget(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when training breaks off: the statistics of training are back."""
-        if self._validated is not None and self._validated.is_in_place():
-            self._validated.undo()
-        self._validated = None
-        leave_checkpoints(pl_module)
+    def _estimate(self, trainer: Trainer, module: LightningModule) -> Reestimation:
+        return self._trial.reestimate(trainer, module, frozen_batch_norms(trainer, batch_norms(module)))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called last: a resumed run that had nothing left to train never came to its training's end."""
-        if self.result is None and _has_batch_norm(pl_module):
-            rank_zero_warn(
-                "No training took place, so batch-norm statistics are those of the checkpoint and were not "
-                "re-estimated. Use reestimate_batch_norms(module, loader), or train for more epochs.",
-                category=QuantizationWarning,
-            )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called last in every stage."""
-        leave_checkpoints(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The curve, and the statistics of training where the checkpoint holds others."""
-        training = {} if self._validated is None else self._validated.state(new=False)
-        return {"curve": [asdict(point) for point in self.curve], "training": training}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called for every checkpoint: take over from a run that is resumed."""
-        saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        if saved is not None and trainer.state.fn == TrainerFn.FITTING:
-            self.curve = [CurvePoint(**point) for point in saved["curve"]]
-            self._of_training = saved["training"]
-
-    def _shipped(self, module: LightningModule) -> dict[str, Tensor]:
-        """What a checkpoint holds in the place of the module's own: what was validated, or is there at the end.
-
-        At the end it is the module's own, but weight averaging puts the statistics of its copy into the file.
-        """
+    def _in_checkpoints(self) -> Reestimation | None:
+        """What checkpoints hold in the place of the statistics of training."""
         if self._validated is not None:
-            return self._validated.state(new=True)
-        if self.result is None or not self.kept:
-            return {}
-        present = dict(module.named_buffers())
-        return {name: present[name].detach() for name in self.result.state(new=True) if name in present}
+            return self._validated
+        return self.result if self.result is not None and self.kept and self.result.is_in_place() else None
 
     def _record(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         """Add a point to the curve; the module is as it was."""
-        if not _has_batch_norm(module):
+        if not batch_norms(module):
             return
         before = self._trial.measure(trainer, module)
         result = self._validated  # after an epoch's own validation, that is what we want
         if result is None:
-            result = self._trial.reestimate(trainer, module, frozen_batch_norms(trainer, module))
+            result = self._estimate(trainer, module)
         try:
             result.redo()
             after = self._trial.measure(trainer, module)
@@ -242,7 +268,3 @@ class BatchNormReestimation(Callback):
             result.undo()
         self.curve.append(CurvePoint(epoch, before, after, result.num_batches, result.standard_error))
         log(trainer, result, before, after)
-
-
-def _has_batch_norm(module: LightningModule) -> bool:
-    return any(isinstance(m, BatchNorm) for m in module.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,8 +19,9 @@ from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
+from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.loaders import in_between
-from lightning_qbn.callbacks.order import check_order, find
+from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
@@ -54,6 +56,11 @@ class RunReport(Callback):
         forward_fn: ForwardFn | None = None,
         target_fn: TargetFn | None = None,
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise ConfigurationError(f"directory must be a path, found {directory!r}.")
+        for name, function in (("forward_fn", forward_fn), ("target_fn", target_fn)):
+            if function is not None and not callable(function):
+                raise ConfigurationError(f"{name} must be a function or None, found {function!r}.")
         if not isinstance(metric, Metric):
             raise ConfigurationError(f"metric must be a torchmetrics Metric, found {type(metric).__name__}.")
         self.directory, self.metric = Path(directory), metric
@@ -67,8 +74,8 @@ class RunReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: the directory must be writable."""
+        check_trainer(trainer, stage)
         if stage == "fit":
-            check_order(trainer)
             if trainer.is_global_zero:
                 check_writable(self.directory, ConfigurationError)
             self.record = RunRecord(metric=type(self.metric).__name__, float_bytes=_bytes(pl_module))
@@ -96,6 +103,9 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after re-estimation: the network with the new statistics and with the old ones."""
+        self._measure_end(trainer, pl_module)
+
+    def _measure_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loader is None:
             self.record.measured_on, self._loader = evaluation_loader(trainer, pl_module)
         if self._loader is None:
@@ -118,6 +128,9 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last: the folded network and the file, then the report."""
+        if had_nothing_left(trainer):
+            with as_in_training(trainer, pl_module):
+                self._measure_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         export = find(trainer, QuantizedExport)
@@ -153,6 +166,7 @@ class RunReport(Callback):
             self.record.curve = [asdict(point) for point in reestimation.curve]
         self.record.folding = export.folding if export else None
         self.record.export = export.report if export else None
+        self.record.source = export.source if export else None
         self.record.context = self.context
         if quantization is not None:
             self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})

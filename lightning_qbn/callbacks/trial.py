@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import (
@@ -123,19 +124,23 @@ class Trial:
         return False
 
 
-def frozen_batch_norms(trainer: Trainer, module: LightningModule) -> frozenset[str]:
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """All batch-norms by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, BatchNorm)}
+
+
+def frozen_batch_norms(trainer: Trainer, norms: Mapping[str, nn.Module]) -> frozenset[str]:
     """Names of batch-norms that are in eval mode, but for those that the schedule froze: they are the user's."""
     quantization = find(trainer, QuantizationAwareTraining)
     ours = set(quantization.frozen_batch_norms) if quantization is not None else set()
-    found = module.named_modules()
-    return frozenset(n for n, m in found if isinstance(m, BatchNorm) and not m.training and m not in ours)
+    return frozenset(name for name, norm in norms.items() if not norm.training and norm not in ours)
 
 
 def share_statistics(trainer: Trainer, module: LightningModule) -> None:
     """Give every rank the running statistics of rank 0, as DDP does before each batch: those are what ships."""
     if trainer.world_size == 1:
         return
-    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    norms: Any = batch_norms(module).values()
     held = [
         (m, (m.running_mean, m.running_var)) for m in norms if m.running_mean is not None and m.running_var is not None
     ]

@@ -1,10 +1,11 @@
-"""Notice a training_step that goes past the quantizers."""
+"""Notice what goes past the quantizers: a training_step, or a measurement of a network that has no ranges yet."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -45,3 +46,13 @@ class ReachedQuantizers:
 
     def _note(self, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         self._waiting = {name: q for name, q in self._waiting.items() if q is not quantizer}
+
+
+def warn_of_float(trainer: Trainer, module: LightningModule) -> None:
+    """Say so where a validation, test or prediction of its own sees quantizers that all pass their input through."""
+    if trainer.state.fn != TrainerFn.FITTING and not any(q.is_calibrated for q in quantizers(module).values()):
+        rank_zero_warn(
+            f"No quantizer of {type(module).__name__} is calibrated: what is measured is the float network. Train it "
+            f"first, or load a checkpoint of the quantized network.",
+            category=QuantizationWarning,
+        )

@@ -38,6 +38,6 @@ def export_program(
         raise
     except Exception as cause:
         raise ExportError(f"{type(folded).__name__} cannot be exported: {type(cause).__name__}: {cause}") from cause
-    with atomic(path) as temporary:
-        torch.export.save(program, temporary)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.export.save(program, file)
     return program

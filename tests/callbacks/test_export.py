@@ -299,7 +299,10 @@ def test_a_run_that_stopped_before_it_quantized_says_so(make_trainer, tmp_path):
     export = QuantizedExport(str(tmp_path / "model.onnx"))
     callback = qat(schedule=QATSchedule(float_epochs=2))
     trainer = make_trainer(callback, export, max_epochs=-1, max_steps=4)
-    with pytest.raises(QuantizationError, match="calibrat"):
+    with (
+        pytest.warns(QuantizationWarning, match="trained in float only"),
+        pytest.raises(QuantizationError, match="calibrat"),
+    ):
         trainer.fit(Direct(), train_loader())
     assert not (tmp_path / "model.onnx").exists()
 

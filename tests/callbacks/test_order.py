@@ -23,6 +23,7 @@ from lightning_qbn import (
     QuantizationAwareTraining,
     QuantizedExport,
     RunReport,
+    calibrate_quantizers,
     insert_quantizers,
 )
 
@@ -142,5 +143,7 @@ def test_two_of_a_kind_is_our_error(make_trainer, tmp_path):
 
 def test_validation_does_not_ask_for_an_order(make_trainer, tmp_path):
     module = Direct()
+    insert_quantizers(module, CONFIG)
+    calibrate_quantizers(module, train_loader(), 1)
     trainer = make_trainer(MAKE["bn"](tmp_path), MAKE["qat"](tmp_path))
     assert trainer.validate(module, val_loader(), verbose=False)

@@ -1,0 +1,139 @@
+"""Which weights of a run are re-estimated and exported: those of its end, or those of its best checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_qbn.checkpoint import CHECKPOINT_KEY
+from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.fake_quantize import quantizers
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The weights that ship.
+
+    Args:
+        checkpoint: ``"last"`` or ``"best"``.
+        epoch: in which they were trained last, from 0.
+        global_step: optimizer steps behind them.
+        path: of the best checkpoint.
+        monitor: what it was best in.
+        score: how good it was.
+    """
+
+    checkpoint: str
+    epoch: int
+    global_step: int
+    path: str | None = None
+    monitor: str | None = None
+    score: float | None = None
+
+
+def check_choice(trainer: Trainer, checkpoint: str) -> None:
+    """Raise ConfigurationError where there will be no best checkpoint."""
+    if checkpoint == "best" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+        raise ConfigurationError(
+            "checkpoint='best' takes the weights of the best checkpoint, and the Trainer has no ModelCheckpoint. Add "
+            "one that monitors what you want to be best in, such as ModelCheckpoint(monitor='val_loss')."
+        )
+
+
+def choose(trainer: Trainer, module: LightningModule, checkpoint: str, key: str) -> Chosen:
+    """Bring the weights that ship into the module; where there is no best checkpoint of them, that is said."""
+    keeper = trainer.checkpoint_callback
+    last = Chosen("last", max(trainer.current_epoch - 1, 0), trainer.global_step)
+    if checkpoint == "last" or not isinstance(keeper, ModelCheckpoint):
+        return last
+    path = trainer.strategy.broadcast(keeper.best_model_path)
+    saved = load_file(trainer, path) if path else None
+    reason = (
+        "none was written" if not path else f"{path} cannot be read" if saved is None else _unfinished(module, saved)
+    )
+    if saved is None or reason:
+        rank_zero_warn(
+            f"checkpoint='best', but {reason}: the weights of the end of training are re-estimated and exported.",
+            category=QuantizationWarning,
+        )
+        return last
+    load_weights(trainer, module, saved, key)
+    score = keeper.best_model_score
+    return Chosen(
+        "best", saved["epoch"], saved["global_step"], path, keeper.monitor, None if score is None else float(score)
+    )
+
+
+def load_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any], key: str) -> None:
+    """Load a checkpoint's weights as the Trainer does, with its hooks; batch-norm statistics are those of training.
+
+    Args:
+        trainer: in fit.
+        module: of the Trainer.
+        saved: the checkpoint.
+        key: of the state in which `BatchNormReestimation` keeps statistics of training.
+    """
+    module.on_load_checkpoint(saved)
+    trainer.strategy.load_model_state_dict(saved, strict=module.strict_loading)
+    put_back(module, saved.get("callbacks", {}).get(key, {}).get("training", {}))
+
+
+def put_back(module: LightningModule, values: dict[str, Tensor]) -> None:
+    """Write values into parameters and buffers, by name: a module may save a part of itself under others."""
+    present = dict((*module.named_parameters(), *module.named_buffers()))
+    with torch.no_grad():
+        for name, value in values.items():
+            present[name].copy_(value)
+
+
+@contextmanager
+def other_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any], key: str) -> Iterator[None]:
+    """The weights of a checkpoint for a while."""
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    forms = [(quantizer, quantizer.bits, quantizer.enabled) for quantizer in quantizers(module).values()]
+    try:
+        load_weights(trainer, module, saved, key)
+        yield
+    finally:
+        for quantizer, bits, enabled in forms:
+            quantizer.set_bits(bits)
+            quantizer.enabled = enabled
+        module.load_state_dict(own)
+
+
+def load_file(trainer: Trainer, path: str) -> dict[str, Any] | None:
+    """A checkpoint; None, with a warning, where it holds objects and this run is not the one that wrote it."""
+    written = getattr(trainer.strategy.checkpoint_io, "written", ())
+    trusted = trainer.strategy.broadcast(path in written)
+    try:
+        saved: dict[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=not trusted)
+    except pickle.UnpicklingError as cause:
+        rank_zero_warn(
+            f"{path} holds more than tensors and plain data ({str(cause).strip().splitlines()[-1][:200]}), so it is "
+            f"not read, and keeps the statistics of training. Leave objects out: save_hyperparameters(ignore=[...]).",
+            category=QuantizationWarning,
+        )
+        return None
+    return saved
+
+
+def _unfinished(module: LightningModule, saved: dict[str, Any]) -> str:
+    """Why a checkpoint is none of the network that was to be trained, or nothing."""
+    entry = saved.get(CHECKPOINT_KEY)
+    if entry is None:
+        return ""
+    if entry["phase"] is not None and not entry["phase"]["quantize"]:
+        return f"the best one is of epoch {saved['epoch']}, in which the schedule trained in float"
+    own = {name: q.bits for name, q in quantizers(module).items() if q.bits != q.configured_bits}
+    if entry["bits"] != own:
+        return f"the best one is of epoch {saved['epoch']}, in which the schedule had other bits"
+    return ""
