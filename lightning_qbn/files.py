@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -12,19 +13,21 @@ from pathlib import Path
 
 from lightning_qbn.errors import ExportError, QuantizationError
 
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # processes have numbers of their own on every machine
+_OURS = re.compile(rf"\..*\.{_MACHINE}-(\d+)-\w+\.tmp")
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends without an exception.
 
     Its name ends in ``.tmp``: what a killed process leaves behind is taken for no artifact, and is removed by the
-    next one that writes the same file on this machine.
+    next one that writes to the same directory on this machine.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = f".{path.name}.{zlib.crc32(platform.node().encode()):08x}-"
-    _remove_leftovers(path.parent, machine)
-    handle, name = tempfile.mkstemp(prefix=f"{machine}{os.getpid()}-", suffix=".tmp", dir=path.parent)
+    _remove_leftovers(path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_MACHINE}-{os.getpid()}-", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -37,18 +40,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(directory: Path, prefix: str) -> None:
+def _remove_leftovers(directory: Path) -> None:
     """Temporary files of processes that live no more."""
     if os.name != "posix":
         return  # elsewhere there is no asking whether a process lives
     for path in directory.iterdir():
-        if path.name.startswith(prefix) and path.suffix == ".tmp":
+        owner = _OURS.fullmatch(path.name)
+        if owner is not None:
             try:
-                os.kill(int(path.name.removeprefix(prefix).split("-")[0]), 0)
+                os.kill(int(owner.group(1)), 0)
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
-            except (PermissionError, ValueError):
-                pass  # it lives, or the file is none of ours
+            except PermissionError:
+                pass  # somebody else's, and alive
 
 
 def write_text(path: str | Path, text: str) -> None:

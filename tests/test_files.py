@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +74,23 @@ def test_check_writable_names_the_directory(tmp_path, below):
     with pytest.raises(ConfigurationError, match="cannot be written"):
         check_writable(directory, ConfigurationError)
     assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):
+    program = f"""
+import os, signal
+from lightning_qbn.files import atomic
+with atomic({str(tmp_path / "model.onnx")!r}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".tmp"
+    (tmp_path / ".other.tmp").write_text("not ours")
+    with atomic(tmp_path / "report.json") as temporary:
+        (ours,) = tmp_path.glob(f".report.json.*-{os.getpid()}-*.tmp")
+        assert ours == temporary
+        write_text(tmp_path / "third.txt", "whole")  # whoever lives keeps its file
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp", "report.json", "third.txt"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ from lightning_qbn.schedule import Phase, QATSchedule, as_schedule
 # Of the logarithm of a scale (Jain et al., appendix B, bound it too). A nearly constant channel before a
 # batch-norm has gradients of 1e5: a weight of 100 does no harm there, a scale of 2**100 ends the training.
 _LARGEST_GRADIENT = 1.0
+
+# Plain types, without None, so that LightningCLI names the field and the value that it does not take.
+_CONFIG, _SCHEDULE = QuantizationConfig(), QATSchedule()
 
 
 class QuantizationAwareTraining(Callback):
@@ -64,8 +67,8 @@ class QuantizationAwareTraining(Callback):
 
     def __init__(
         self,
-        config: QuantizationConfig | Mapping[str, Any] | None = None,
-        schedule: QATSchedule | Mapping[str, Any] | None = None,
+        config: QuantizationConfig = _CONFIG,
+        schedule: QATSchedule = _SCHEDULE,
         num_batches: int = 16,
         scale_lr: float | None = None,
         forward_fn: ForwardFn | None = None,
