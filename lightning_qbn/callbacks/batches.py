@@ -21,6 +21,7 @@ from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, in
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
+from lightning_qbn.ranks import on_all_ranks
 from lightning_qbn.side_effects import modes_restored
 
 TargetFn: TypeAlias = Callable[[Any], Tensor]
@@ -133,11 +134,18 @@ def evaluate(
     if not shared:
         measured.distributed_available_fn = lambda: False  # every rank has all batches, or is alone here
     measured.reset()
-    with quiet(module):
+
+    def update() -> None:
         for batch in batches:
             output = forward_fn(module, batch)
             target = (target_fn or default_target)(batch)
             measured.to(output.device).update(output.float() if output.is_floating_point() else output, target)
+
+    with quiet(module):
+        if shared:
+            on_all_ranks(update)  # before the ranks wait for each other's part of the metric
+        else:
+            update()
     return float(measured.compute())
 
 

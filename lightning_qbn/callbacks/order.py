@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
+from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
 
+_SPAWNED = "_MultiProcessingLauncher"  # Lightning has no public name for strategies that fork or spawn
 Kind = TypeVar("Kind", bound=Callback)
 _RIGHT = "QuantizationAwareTraining, weight averaging, BatchNormReestimation, QuantizedExport, RunReport"
 _REASONS = {
@@ -63,6 +65,17 @@ def check_order(trainer: Trainer) -> None:
                 f"{first} stands after {second} in the Trainer's callbacks, but has to stand before it: {reason}. "
                 f"Right order: {_RIGHT}."
             )
+
+
+def warn_of_spawning(trainer: Trainer) -> None:
+    """Say what does not come back from processes that the Trainer spawned."""
+    if type(trainer.strategy.launcher).__name__ == _SPAWNED:
+        rank_zero_warn(
+            "This strategy trains in spawned processes, which bring the weights back into the module of the main one, "
+            "but not its quantizers, nor what callbacks found. Use strategy='ddp'; or call insert_quantizers(module, "
+            "config) before fit; or load the checkpoint with load_quantized.",
+            category=QuantizationWarning,
+        )
 
 
 def find(trainer: Trainer, kind: type[Kind]) -> Kind | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ from lightning_qbn.callbacks.batches import forward_of
 from lightning_qbn.callbacks.building import check_complete, layers_of, when_built
 from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.optimizers import separate_scales
-from lightning_qbn.callbacks.order import check_trainer
+from lightning_qbn.callbacks.order import check_trainer, warn_of_spawning
 from lightning_qbn.callbacks.storage import write_atomically
 from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
@@ -212,6 +213,8 @@ class QuantizationAwareTraining(Callback):
         present: Any = module.quantization_config if quantizers(module) else None
         if present is None:
             self.report = insert_quantizers(module, self.config)
+            if module.trainer.state.fn == TrainerFn.FITTING:
+                warn_of_spawning(module.trainer)
         elif present != self.config:
             raise UnsupportedNetworkError(
                 f"{type(module).__name__} was quantized with another config: "

@@ -24,11 +24,12 @@ from lightning_qbn.callbacks.loaders import in_between
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
-from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.errors import ConfigurationError, QuantizationError, QuantizationWarning
 from lightning_qbn.export.parity import run_session, session
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.passes import ForwardFn, default_forward
+from lightning_qbn.ranks import on_all_ranks
 from lightning_qbn.report import RunRecord, to_html, to_json, to_table
 
 
@@ -103,7 +104,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after re-estimation: the network with the new statistics and with the old ones."""
-        self._measure_end(trainer, pl_module)
+        on_all_ranks(lambda: self._measure_end(trainer, pl_module), QuantizationError)
 
     def _measure_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loader is None:
@@ -130,7 +131,7 @@ class RunReport(Callback):
         """Called last: the folded network and the file, then the report."""
         if had_nothing_left(trainer):
             with as_in_training(trainer, pl_module):
-                self._measure_end(trainer, pl_module)
+                on_all_ranks(lambda: self._measure_end(trainer, pl_module), QuantizationError)
         if not trainer.is_global_zero:
             return
         export = find(trainer, QuantizedExport)
