@@ -157,9 +157,10 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: Plan) -> In
                 quantizer = _activation_quantizer(settings).to(device).train(owner.training)
                 owner.add_module(site.attribute, quantizer)
             activations[join(name, site.path)] = settings.activation_bits
-        _rewrite(root, plan.traced[name], placed)
+        if placed or any(join(name, path) in weights for path, _ in root.named_modules()):
+            _rewrite(root, plan.traced[name], placed)  # a network that is skipped altogether stays as it is
     assert len(weight_layers(network)) == len(weights)
-    return InsertionReport(weights, activations, left_in_float, tuple(plan.traced))
+    return InsertionReport(weights, activations, left_in_float, tuple(quantized_networks(network)))
 
 
 def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> None:

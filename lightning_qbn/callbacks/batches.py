@@ -107,9 +107,18 @@ def forward_of(module: LightningModule, forward_fn: ForwardFn | None) -> Forward
         return forward_fn
     networks = outermost_networks(module)
     if type(module).forward is LightningModule.forward and len(networks) == 1:
-        (name,) = networks
+        name = uncompiled_name(*networks)
         return lambda owner, batch: default_forward(owner.get_submodule(name), batch)
     return default_forward
+
+
+def uncompiled_name(name: str) -> str:
+    """The name of a module without the parts that ``torch.compile`` adds, which a copy of it does not have.
+
+    >>> uncompiled_name("net._orig_mod.0")
+    'net.0'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def evaluate(

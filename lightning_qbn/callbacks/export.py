@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_qbn.callbacks.batches import forward_of, sampled_train_batches, validation_batches
+from lightning_qbn.callbacks.batches import forward_of, sampled_train_batches, uncompiled_name, validation_batches
 from lightning_qbn.callbacks.building import plain
 from lightning_qbn.callbacks.choosing import Chosen
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
@@ -166,8 +166,7 @@ class QuantizedExport(Callback):
         folded = fold_batch_norms(plain(copy.deepcopy(module)).cpu())
         self.folding = folded.report  # type: ignore[assignment]
         self.folded = folded  # type: ignore[assignment]
-        # A network that was compiled is copied as it was before.
-        self.network = ".".join(part for part in self.network.split(".") if part != "_orig_mod")
+        self.network = uncompiled_name(self.network)
         target = folded.get_submodule(self.network) if self.network else folded
         files = {name: self.path.with_name(self.path.stem + suffix) for name, suffix in _SUFFIXES.items()}
         files["onnx"] = self.path
