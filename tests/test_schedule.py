@@ -11,11 +11,6 @@ from lightning_qbn.schedule import as_schedule
 
 ENDS = ("freeze_scales_at", "freeze_batch_norm_at", "freeze_observers_at")
 FIELDS = ("float_epochs", *ENDS)
-FLAGS = {
-    "freeze_scales_at": "move_scales",
-    "freeze_batch_norm_at": "update_batch_norm",
-    "freeze_observers_at": "observe",
-}
 epochs = st.integers(0, 30)
 
 

@@ -57,7 +57,7 @@ class Note(Callback):
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 
 
-def main(folder: Path, strategy: str, inserted: bool) -> None:
+def main(folder: Path, strategy: str, inserted: bool, accelerator: str, sync: bool) -> None:
     """Train, re-estimate the best weights, export, report, and test what the checkpoint holds."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -78,7 +78,8 @@ def main(folder: Path, strategy: str, inserted: bool) -> None:
     ]
     warnings.filterwarnings("default", "This strategy trains in spawned processes")
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        sync_batchnorm=sync,
         devices=2,
         strategy=strategy,
         max_epochs=3,
@@ -101,4 +102,4 @@ def main(folder: Path, strategy: str, inserted: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True")
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", sys.argv[4], sys.argv[5] == "True")

@@ -62,7 +62,7 @@ def test_one_set_of_statistics_and_one_decision(mode, spoil, tmp_path):
     [("ddp", False), ("ddp_spawn", True), pytest.param("ddp_spawn", False, marks=pytest.mark.slow)],
 )
 def test_a_whole_run_with_uneven_data(strategy, inserted, tmp_path):
-    (first, second), said = run("distributed_export.py", tmp_path, strategy, inserted)
+    (first, second), said = run("distributed_export.py", tmp_path, strategy, inserted, "cpu", False)
     assert_same(first["state"], second["state"])
     assert first["chosen"] == second["chosen"]
     assert first["chosen"]["checkpoint"] == "best"

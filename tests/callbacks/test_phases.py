@@ -212,7 +212,7 @@ def test_phases_are_in_the_log(make_trainer, tmp_path):
     schedule = QATSchedule(float_epochs=1, weight_bits={0: 8, 2: 4}, freeze_scales_at=2, freeze_batch_norm_at=3)
     trainer = make_trainer(qat(CONFIG, schedule), logger=CSVLogger(tmp_path, name="log"), max_epochs=4)
     trainer.fit(Direct(), train_loader())
-    rows = list(csv.DictReader((tmp_path / "log/version_0/metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "log/version_0/metrics.csv").read_text().splitlines()))
     seen = [row for row in rows if row["qat/quantize"]]
     columns = ("step", "quantize", "weight_bits", "activation_bits", "move_scales", "update_batch_norm")
     found = [[float(row[c if c == "step" else f"qat/{c}"]) for c in columns] for row in seen]
