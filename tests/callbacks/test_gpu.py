@@ -76,7 +76,7 @@ def test_synchronised_batch_norms(cls: Any):
     assert len(result.layers) == 2
     found = statistics(converted)
     expected = converted.eval().classify(images)
-    reverted = TorchSyncBatchNorm().revert(converted)
+    reverted = TorchSyncBatchNorm().revert(converted).eval()  # the new objects are in training mode
     assert {name: found[name] for name in found}.keys() == statistics(reverted).keys()
     assert torch.equal(reverted.classify(images), expected)
     folded = fold_batch_norms(reverted)
