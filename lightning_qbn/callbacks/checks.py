@@ -44,8 +44,12 @@ def check_epochs(at_epochs: Iterable[int] | None, metric: Metric | None) -> tupl
     return epochs
 
 
-def check_kinds(metric: Any, seed: Any, loader: Any, flags: dict[str, Any], functions: dict[str, Any]) -> None:
+def check_kinds(
+    metric: Any, seed: Any, loader: Any, checkpoint: Any, flags: dict[str, Any], functions: dict[str, Any]
+) -> None:
     """Raise ReestimationError where an argument is of the wrong kind altogether."""
+    if checkpoint not in ("last", "best"):
+        raise ReestimationError(f"checkpoint must be 'last' or 'best', found {checkpoint!r}.")
     if metric is not None and not isinstance(metric, Metric):
         raise ReestimationError(f"metric must be a torchmetrics Metric or None, found {type(metric).__name__}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

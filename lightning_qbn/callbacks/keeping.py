@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_qbn.callbacks.choosing import Chosen, load_file, other_weights
 from lightning_qbn.drift import Reestimation
-from lightning_qbn.errors import QuantizationWarning
+from lightning_qbn.errors import QuantizationWarning, ReestimationError
 
 STATISTICS_KEY = "lightning_qbn_statistics"  # of a checkpoint, to one of the two:
 OF_TRAINING, REESTIMATED = "training", "reestimated"
@@ -90,8 +90,12 @@ def write_again(
         if trainer.strategy.broadcast(_same_weights(module, saved, result)):
             _enter(saved, result, key)
         elif saved.get(STATISTICS_KEY) != REESTIMATED:
-            with other_weights(trainer, module, saved, key):
-                _enter(saved, estimate(), key)
+            try:
+                with other_weights(trainer, module, saved, key):
+                    _enter(saved, estimate(), key)
+            except ReestimationError as error:
+                rank_zero_warn(f"{path} keeps the statistics of training: {error}", category=QuantizationWarning)
+                continue
         else:
             continue
         trainer.strategy.save_checkpoint(saved, path)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_qbn.errors import QuantizationWarning
 
 
 def had_nothing_left(trainer: Trainer) -> bool:
@@ -25,3 +28,12 @@ def as_in_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         yield
     finally:
         module.to(home)
+
+
+def warn_of_no_training() -> None:
+    """Say so where batch-norm could not be re-estimated because there was no batch at all."""
+    rank_zero_warn(
+        "No training took place, so batch-norm statistics are those of the checkpoint and were not re-estimated. Use "
+        "reestimate_batch_norms(module, loader), or train for more epochs.",
+        category=QuantizationWarning,
+    )

@@ -20,7 +20,7 @@ from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.optimizers import separate_scales
 from lightning_qbn.callbacks.order import check_trainer, warn_of_spawning
 from lightning_qbn.callbacks.storage import write_atomically
-from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float
+from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float, warn_of_unfinished
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
@@ -185,13 +185,7 @@ class QuantizationAwareTraining(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch: batch-norms frozen by the schedule are free again."""
         self._unfreeze_batch_norms()
-        more = sorted({q.bits for q in self._quantizers if q.bits != q.configured_bits})
-        if more or (self.phase is not None and not self.phase.quantize):
-            rank_zero_warn(
-                f"Training ended before its schedule did: the network has "
-                f"{f'quantizers of {more} bits still' if more else 'been trained in float only'}.",
-                category=QuantizationWarning,
-            )
+        warn_of_unfinished(self._quantizers, self.phase)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when training breaks off: as after the last epoch."""

@@ -17,7 +17,7 @@ from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_ga
 from lightning_qbn.callbacks.choosing import Chosen, check_choice, choose, put_back
 from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.keeping import complete, forget, log, warn_of_old, write_again
-from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
+from lightning_qbn.callbacks.late import as_in_training, had_nothing_left, warn_of_no_training
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.callbacks.storage import write_atomically
 from lightning_qbn.callbacks.trial import CurvePoint, Trial, batch_norms, frozen_batch_norms, share_statistics
@@ -93,10 +93,8 @@ class BatchNormReestimation(Callback):
     ) -> None:
         check_num_batches(num_batches, ReestimationError)
         flags = {"before_validation": before_validation, "recalibrate_ranges": recalibrate_ranges}
-        check_kinds(metric, seed, loader, flags, {"forward_fn": forward_fn, "target_fn": target_fn})
+        check_kinds(metric, seed, loader, checkpoint, flags, {"forward_fn": forward_fn, "target_fn": target_fn})
         check_gate(max_drop, metric)
-        if checkpoint not in ("last", "best"):
-            raise ReestimationError(f"checkpoint must be 'last' or 'best', found {checkpoint!r}.")
         settings = Settings(mode, estimator, tolerance, memory_gib)
         self._trial = Trial(num_batches, settings, recalibrate_ranges, metric, forward_fn, target_fn, seed, loader)
         self.before_validation, self.max_drop, self.checkpoint = before_validation, max_drop, checkpoint
@@ -125,12 +123,9 @@ class BatchNormReestimation(Callback):
         """Called with the module complete: is there anything to do, and is it known how?"""
         if batch_norms(pl_module):
             check_forward(pl_module, self._trial.forward_fn)
-            return
-        rank_zero_warn(
-            f"{type(pl_module).__name__} has no batch-norm: BatchNormReestimation has nothing to do. "
-            f"Training and quantization go on.",
-            category=QuantizationWarning,
-        )
+        else:
+            text = f"{type(pl_module).__name__} has no batch-norm: BatchNormReestimation has nothing to do."
+            rank_zero_warn(f"{text} Training and quantization go on.", category=QuantizationWarning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with restored state: a checkpoint of a validated network holds what training goes on with."""
@@ -197,11 +192,7 @@ class BatchNormReestimation(Callback):
                 put_back(pl_module, self._of_training)
                 self._finish(trainer, pl_module)
         if self.result is None and batch_norms(pl_module):
-            rank_zero_warn(
-                "No training took place, so batch-norm statistics are those of the checkpoint and were not "
-                "re-estimated. Use reestimate_batch_norms(module, loader), or train for more epochs.",
-                category=QuantizationWarning,
-            )
+            warn_of_no_training()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called last in every stage."""

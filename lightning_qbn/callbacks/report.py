@@ -69,7 +69,7 @@ class RunReport(Callback):
         self.record = RunRecord()
         self.context: dict[str, Any] = {}
         self._loader: Any = None
-        self._finished = False
+        self._ended = self._finished = False
         self._is_float = False
         self._forward: ForwardFn = default_forward
 
@@ -79,6 +79,7 @@ class RunReport(Callback):
         if stage == "fit":
             if trainer.is_global_zero:
                 check_writable(self.directory, ConfigurationError)
+            self._ended = False
             self.record = RunRecord(metric=type(self.metric).__name__, float_bytes=_bytes(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after re-estimation: the network with the new statistics and with the old ones."""
+        self._ended = True
         on_all_ranks(lambda: self._measure_end(trainer, pl_module), QuantizationError)
 
     def _measure_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,7 +131,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last: the folded network and the file, then the report."""
-        if had_nothing_left(trainer):
+        if not self._ended and had_nothing_left(trainer):
             with as_in_training(trainer, pl_module):
                 on_all_ranks(lambda: self._measure_end(trainer, pl_module), QuantizationError)
         if not trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_qbn.errors import QuantizationWarning
-from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.layers import weight_layers
+from lightning_qbn.schedule import Phase
 
 
 class ReachedQuantizers:
@@ -54,5 +56,16 @@ def warn_of_float(trainer: Trainer, module: LightningModule) -> None:
         rank_zero_warn(
             f"No quantizer of {type(module).__name__} is calibrated: what is measured is the float network. Train it "
             f"first, or load a checkpoint of the quantized network.",
+            category=QuantizationWarning,
+        )
+
+
+def warn_of_unfinished(found: Iterable[FakeQuantize], phase: Phase | None) -> None:
+    """Say so where training ended before its schedule did."""
+    more = sorted({q.bits for q in found if q.bits != q.configured_bits})
+    if more or (phase is not None and not phase.quantize):
+        rank_zero_warn(
+            f"Training ended before its schedule did: the network has "
+            f"{f'quantizers of {more} bits still' if more else 'been trained in float only'}.",
             category=QuantizationWarning,
         )
