@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import pytest
@@ -436,34 +435,6 @@ def everything(directory, formats=("encodings",)) -> list[Callback]:
     return [qat(), BatchNormReestimation(2), QuantizedExport(str(directory / "model.onnx"), formats)]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"precision": "bf16-mixed"},
-        {"precision": "64-true"},
-        {"accumulate_grad_batches": 4},
-        {"gradient_clip_val": 0.1},
-        {"max_epochs": -1, "max_steps": 4},
-        {"max_epochs": -1, "max_time": "00:00:00:01", "limit_train_batches": 2},
-        {"val_check_interval": 2},
-        {"detect_anomaly": True},
-        {"fast_dev_run": True},
-        {"fast_dev_run": 3},
-    ],
-    ids=str,
-)
-def test_trainer_settings(settings, make_trainer, tmp_path):
-    module = Direct()
-    callbacks = everything(tmp_path, ["onnx"])
-    settings = {"max_epochs": 1, **settings}
-    make_trainer(*callbacks, **settings).fit(module, train_loader(), val_loader())
-    assert all(q.is_calibrated for q in quantizers(module).values())
-    assert callbacks[1].result.layers
-    parity = callbacks[2].report.parity["disabled"]
-    assert parity.max_lsb <= 1.01
-    assert parity.agreement >= 0.9
-
-
 def test_half_precision_keeps_scales_and_statistics_in_full_precision(make_trainer):
     module = Direct()
     make_trainer(qat(), precision="bf16-mixed", max_epochs=1).fit(module, train_loader())
@@ -518,25 +489,6 @@ def test_no_bar_without_a_progress_bar(make_trainer, tmp_path, capsys):
 
 
 # Interruption
-
-
-@pytest.mark.parametrize("step", [1, 8])
-@pytest.mark.parametrize("exception", [RuntimeError("out of coffee"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
-def test_module_is_usable_after_an_interruption(exception, step, make_trainer, tmp_path):
-    module = Direct()
-    schedule = QATSchedule(freeze_scales_at=0, freeze_batch_norm_at=0)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
-            make_trainer(qat(schedule=schedule), BreakOff(exception, step)).fit(module, train_loader())
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert all(m.training for m in module.modules())
-    images = Pictures().images
-    assert module.eval()(images).isfinite().all()
-    module.train()
-    make_trainer(*everything(tmp_path), max_epochs=1).fit(module, train_loader())
-    assert (tmp_path / "model.encodings.json").is_file()
 
 
 def test_bad_batch_in_calibration_leaves_the_module_as_it_was(make_trainer):
