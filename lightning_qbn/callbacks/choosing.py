@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,9 +58,8 @@ def choose(trainer: Trainer, module: LightningModule, checkpoint: str, key: str)
         return last
     path = trainer.strategy.broadcast(keeper.best_model_path)
     saved = load_file(trainer, path) if path else None
-    reason = (
-        "none was written" if not path else f"{path} cannot be read" if saved is None else _unfinished(module, saved)
-    )
+    missing = f"{path} cannot be read" if path else "none was written"
+    reason = missing if saved is None else _unfinished(module, saved)
     if saved is None or reason:
         rank_zero_warn(
             f"checkpoint='best', but {reason}: the weights of the end of training are re-estimated and exported.",
@@ -67,10 +67,8 @@ def choose(trainer: Trainer, module: LightningModule, checkpoint: str, key: str)
         )
         return last
     load_weights(trainer, module, saved, key)
-    score = keeper.best_model_score
-    return Chosen(
-        "best", saved["epoch"], saved["global_step"], path, keeper.monitor, None if score is None else float(score)
-    )
+    score = None if keeper.best_model_score is None else float(keeper.best_model_score)
+    return Chosen("best", saved["epoch"], saved["global_step"], path, keeper.monitor, score)
 
 
 def load_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any], key: str) -> None:
@@ -98,22 +96,23 @@ def put_back(module: LightningModule, values: dict[str, Tensor]) -> None:
 @contextmanager
 def other_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any], key: str) -> Iterator[None]:
     """The weights of a checkpoint for a while."""
-    own = {name: value.clone() for name, value in module.state_dict().items()}
+    own = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
     forms = [(quantizer, quantizer.bits, quantizer.enabled) for quantizer in quantizers(module).values()]
     try:
         load_weights(trainer, module, saved, key)
         yield
     finally:
+        put_back(module, own)
         for quantizer, bits, enabled in forms:
             quantizer.set_bits(bits)
             quantizer.enabled = enabled
-        module.load_state_dict(own)
+            quantizer.load_state_dict(quantizer.state_dict())  # it notices whether it is calibrated
 
 
 def load_file(trainer: Trainer, path: str) -> dict[str, Any] | None:
     """A checkpoint; None, with a warning, where it holds objects and this run is not the one that wrote it."""
     written = getattr(trainer.strategy.checkpoint_io, "written", ())
-    trusted = trainer.strategy.broadcast(path in written)
+    trusted = trainer.strategy.broadcast(str(Path(path).resolve()) in written)
     try:
         saved: dict[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=not trusted)
     except pickle.UnpicklingError as cause:

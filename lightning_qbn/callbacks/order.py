@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
+from lightning_qbn.schedule import QATSchedule
 
 _SPAWNED = "_MultiProcessingLauncher"  # Lightning has no public name for strategies that fork or spawn
 Kind = TypeVar("Kind", bound=Callback)
@@ -74,6 +75,19 @@ def warn_of_spawning(trainer: Trainer) -> None:
             "This strategy trains in spawned processes, which bring the weights back into the module of the main one, "
             "but not its quantizers, nor what callbacks found. Use strategy='ddp'; or call insert_quantizers(module, "
             "config) before fit; or load the checkpoint with load_quantized.",
+            category=QuantizationWarning,
+        )
+
+
+def warn_of_averaged_scales(trainer: Trainer, schedule: QATSchedule) -> None:
+    """Say so where an average would be taken over scales of different bits."""
+    changes = [at for bits in (schedule.weight_bits, schedule.activation_bits) for at in bits or ()]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if max(changes, default=0) > 0 and any(_role(callback) == "averaging" for callback in callbacks):
+        rank_zero_warn(
+            f"The schedule changes bits up to {schedule.unit} {max(changes)}, and weight averaging takes the mean of "
+            f"scales from before and after. Let it start later, as "
+            f"EMAWeightAveraging(update_starting_at_{schedule.unit}={max(changes)}) does.",
             category=QuantizationWarning,
         )
 

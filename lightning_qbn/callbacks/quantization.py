@@ -18,7 +18,7 @@ from lightning_qbn.callbacks.batches import forward_of
 from lightning_qbn.callbacks.building import check_complete, layers_of, when_built
 from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.optimizers import separate_scales
-from lightning_qbn.callbacks.order import check_trainer, warn_of_spawning
+from lightning_qbn.callbacks.order import check_trainer, warn_of_averaged_scales, warn_of_spawning
 from lightning_qbn.callbacks.storage import write_atomically
 from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float, warn_of_unfinished
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
@@ -98,10 +98,9 @@ class QuantizationAwareTraining(Callback):
         check_trainer(trainer, stage)
         if stage == "fit":
             self._check_schedule(trainer.max_epochs if self.schedule.unit == "epoch" else trainer.max_steps)
+            warn_of_averaged_scales(trainer, self.schedule)
             write_atomically(trainer)
-            extend(
-                pl_module, "on_save_checkpoint", self, after=lambda checkpoint: self._describe(pl_module, checkpoint)
-            )
+            extend(pl_module, "on_save_checkpoint", self, after=lambda saved: self._describe(pl_module, saved))
         extend(
             pl_module,
             "on_load_checkpoint",

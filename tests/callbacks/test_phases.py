@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Subset
 
@@ -203,6 +203,12 @@ def test_what_never_comes_is_a_warning(make_trainer):
     callback = qat(CONFIG, QATSchedule(freeze_batch_norm_at=5))
     with pytest.warns(QuantizationWarning, match=r"freeze_batch_norm_at=5 never comes: max_epochs is 1"):
         make_trainer(callback, max_epochs=1).fit(Direct(), train_loader())
+
+
+def test_averaging_over_a_change_of_bits_is_a_warning(make_trainer):
+    average = EMAWeightAveraging(use_buffers=False)
+    with pytest.warns(QuantizationWarning, match=r"up to epoch 2.*update_starting_at_epoch=2"):
+        make_trainer(qat(), average, max_epochs=3).fit(Direct(), train_loader())
 
 
 # Log and progress bar
