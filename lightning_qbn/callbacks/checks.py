@@ -1,4 +1,4 @@
-"""What `BatchNormReestimation` is given, looked at before training."""
+"""What `QuantizationAwareTraining` and `BatchNormReestimation` are given, looked at before training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from torchmetrics import Metric
 
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
 from lightning_qbn.insertion import outermost_networks
+from lightning_qbn.passes import check_num_batches
+
+
+def check_calibration(num_batches: Any, scale_lr: Any, seed: Any, forward_fn: Any) -> None:
+    """Raise ConfigurationError where calibration and learned scales are told something that cannot be."""
+    check_num_batches(num_batches)
+    if scale_lr is not None and (not isinstance(scale_lr, int | float) or not scale_lr >= 0):
+        raise ConfigurationError(f"scale_lr must be 0 or more, found {scale_lr!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigurationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
+    if forward_fn is not None and not callable(forward_fn):
+        raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
 
 
 def check_gate(max_drop: float | None, metric: Metric | None) -> None:

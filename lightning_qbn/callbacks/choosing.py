@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_qbn.callbacks.hooks import own
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
 from lightning_qbn.fake_quantize import quantizers
@@ -80,8 +81,9 @@ def load_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any
         saved: the checkpoint.
         key: of the state in which `BatchNormReestimation` keeps statistics of training.
     """
-    module.on_load_checkpoint(saved)
-    trainer.strategy.load_model_state_dict(saved, strict=module.strict_loading)
+    view = {**saved, "state_dict": dict(saved["state_dict"])}  # hooks may give them other names
+    module.on_load_checkpoint(view)
+    trainer.strategy.load_model_state_dict(view, strict=module.strict_loading)
     put_back(module, saved.get("callbacks", {}).get(key, {}).get("training", {}))
 
 
@@ -93,16 +95,32 @@ def put_back(module: LightningModule, values: dict[str, Tensor]) -> None:
             present[name].copy_(value)
 
 
+def own_names(module: LightningModule, saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names that they have in the module, as its hook gives them."""
+    view = {**saved, "state_dict": dict(saved["state_dict"])}
+    attributes = dict(module.__dict__)
+    try:
+        own(module, "on_load_checkpoint")(view)
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+    weights: dict[str, Tensor] = view["state_dict"]
+    return weights
+
+
 @contextmanager
 def other_weights(trainer: Trainer, module: LightningModule, saved: dict[str, Any], key: str) -> Iterator[None]:
     """The weights of a checkpoint for a while."""
-    own = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    weights = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    attributes = dict(module.__dict__)
     forms = [(quantizer, quantizer.bits, quantizer.enabled) for quantizer in quantizers(module).values()]
     try:
         load_weights(trainer, module, saved, key)
         yield
     finally:
-        put_back(module, own)
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        put_back(module, weights)
         for quantizer, bits, enabled in forms:
             quantizer.set_bits(bits)
             quantizer.enabled = enabled

@@ -70,3 +70,9 @@ def release(module: LightningModule, owner: object) -> None:
             del module.__dict__[name]
         else:
             module.__dict__[name] = hook.given
+
+
+def own(module: LightningModule, name: str) -> Callable[..., Any]:
+    """The module's own hook, without what was added."""
+    hook = getattr(module, name)
+    return hook.own if isinstance(hook, Extended) else hook  # type: ignore[no-any-return]

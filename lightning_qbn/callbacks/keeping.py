@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from lightning_qbn.callbacks.choosing import Chosen, load_file, other_weights
+from lightning_qbn.callbacks.choosing import Chosen, load_file, other_weights, own_names
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 
@@ -87,16 +88,18 @@ def write_again(
         saved = load_file(trainer, path)
         if saved is None:
             continue
-        if trainer.strategy.broadcast(_same_weights(module, saved, result)):
-            _enter(saved, result, key)
-        elif saved.get(STATISTICS_KEY) != REESTIMATED:
-            try:
+        same = trainer.strategy.broadcast(_same_weights(module, own_names(module, saved), result))
+        if not same and saved.get(STATISTICS_KEY) == REESTIMATED:
+            continue
+        try:
+            if same:
+                _enter(module, saved, result, key)
+            else:
                 with other_weights(trainer, module, saved, key):
-                    _enter(saved, estimate(), key)
-            except ReestimationError as error:
-                rank_zero_warn(f"{path} keeps the statistics of training: {error}", category=QuantizationWarning)
-                continue
-        else:
+                    found = estimate()
+                _enter(module, saved, found, key)
+        except ReestimationError as error:
+            rank_zero_warn(f"{path} keeps the statistics of training: {error}", category=QuantizationWarning)
             continue
         trainer.strategy.save_checkpoint(saved, path)
     beside = _beside(trainer)
@@ -132,17 +135,27 @@ def _beside(trainer: Trainer) -> Path | None:
     return None if written is None else Path(str(written.dirpath)) / "reestimated.ckpt"
 
 
-def _same_weights(module: LightningModule, saved: dict[str, Any], result: Reestimation) -> bool:
-    """Whether a checkpoint has the module's weights: all but what re-estimation changes."""
+def _same_weights(module: LightningModule, saved: dict[str, Tensor], result: Reestimation) -> bool:
+    """Whether weights are the module's: all but what re-estimation changes."""
     changed = result.state(new=True)
     present = {name: value for name, value in module.state_dict().items() if name not in changed}
-    weights = {name: value for name, value in saved["state_dict"].items() if name in present}
-    return bool(weights) and all(torch.equal(value, present[name].cpu()) for name, value in weights.items())
+    weights = {name: value for name, value in saved.items() if name in present}
+    return bool(weights) and all(torch.equal(value.cpu(), present[name].cpu()) for name, value in weights.items())
 
 
-def _enter(saved: dict[str, Any], result: Reestimation, key: str) -> None:
-    """Put re-estimated values into a checkpoint, and beside them what a resumed run goes on with."""
-    complete(saved, result)
+def _enter(module: LightningModule, saved: dict[str, Any], result: Reestimation, key: str) -> None:
+    """Put re-estimated values into a checkpoint, and beside them what a resumed run goes on with.
+
+    Raises:
+        ReestimationError: the module's hooks make what they load from something else.
+    """
+    weights, named = saved["state_dict"], own_names(module, saved)
+    names = {id(value): name for name, value in weights.items()}
+    new = {name: value for name, value in result.state(new=True).items() if name in named}
+    if any(id(named[name]) not in names for name in new):
+        raise ReestimationError("on_load_checkpoint of the module makes statistics from what the file holds.")
+    weights.update({names[id(named[name])]: value.cpu().clone() for name, value in new.items()})
+    saved[STATISTICS_KEY] = REESTIMATED
     state = saved.get("callbacks", {}).get(key)
     # Weight averaging keeps the module's own state elsewhere, from where it comes back.
     if state is not None and not state["training"] and "current_model_state" not in saved:

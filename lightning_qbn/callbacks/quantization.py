@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_qbn.callbacks import phases, saving
 from lightning_qbn.callbacks.batches import forward_of
 from lightning_qbn.callbacks.building import check_complete, layers_of, when_built
+from lightning_qbn.callbacks.checks import check_calibration
 from lightning_qbn.callbacks.hooks import extend, release
 from lightning_qbn.callbacks.optimizers import separate_scales
 from lightning_qbn.callbacks.order import check_trainer, warn_of_averaged_scales, warn_of_spawning
@@ -23,11 +24,11 @@ from lightning_qbn.callbacks.storage import write_atomically
 from lightning_qbn.callbacks.watching import ReachedQuantizers, warn_of_float, warn_of_unfinished
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.config import QuantizationConfig, as_config
-from lightning_qbn.errors import ConfigurationError, QuantizationWarning, UnsupportedNetworkError
+from lightning_qbn.errors import QuantizationWarning, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.insertion import InsertionReport, insert_quantizers
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.passes import ForwardFn, check_num_batches
+from lightning_qbn.passes import ForwardFn
 from lightning_qbn.schedule import Phase, QATSchedule, as_schedule
 
 # Of the logarithm of a scale (Jain et al., appendix B, bound it too). A nearly constant channel before a
@@ -75,18 +76,14 @@ class QuantizationAwareTraining(Callback):
         forward_fn: ForwardFn | None = None,
         seed: int = 0,
     ) -> None:
-        check_num_batches(num_batches)
-        if scale_lr is not None and (not isinstance(scale_lr, int | float) or not scale_lr >= 0):
-            raise ConfigurationError(f"scale_lr must be 0 or more, found {scale_lr!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ConfigurationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
-        if forward_fn is not None and not callable(forward_fn):
-            raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
+        check_calibration(num_batches, scale_lr, seed, forward_fn)
         self.config = as_config(config)
         self.schedule = as_schedule(schedule)
         self.num_batches, self.scale_lr, self.forward_fn, self.seed = num_batches, scale_lr, forward_fn, seed
         self.frozen_batch_norms: list[nn.Module] = []
         self._shown: Phase | None = None
+        self._resumed: Phase | None = None  # that of the checkpoint that a run is resumed from
+        self._absent: list[str] = []  # quantizers of which that checkpoint holds nothing
         self._watch: ReachedQuantizers | None = None
         self._layers: set[str] = set()
         # Looked up once: a walk over the modules of a large network would cost a percent of every step.
@@ -97,16 +94,18 @@ class QuantizationAwareTraining(Callback):
         """Called first in every stage: insert quantizers unless they are there."""
         check_trainer(trainer, stage)
         if stage == "fit":
+            self._resumed, self._absent = None, []
             self._check_schedule(trainer.max_epochs if self.schedule.unit == "epoch" else trainer.max_steps)
             warn_of_averaged_scales(trainer, self.schedule)
             write_atomically(trainer)
             extend(pl_module, "on_save_checkpoint", self, after=lambda saved: self._describe(pl_module, saved))
+        # Before the weights are loaded, which with those of other quantizers fails with a page of names.
         extend(
             pl_module,
             "on_load_checkpoint",
             self,
-            # Before the weights are loaded, which with those of other quantizers fails with a page of names.
-            before=lambda checkpoint: saving.prepare(trainer, pl_module, self.config, checkpoint),
+            before=lambda saved: saving.check(pl_module, self.config, saved),
+            after=lambda saved: self._note_absent(trainer, pl_module, saved),
         )
         when_built(trainer, pl_module, self, self._insert)
 
@@ -129,10 +128,14 @@ class QuantizationAwareTraining(Callback):
         if self.schedule.unit == "step":
             steps = trainer.estimated_stepping_batches
             self._check_schedule(int(steps) if math.isfinite(steps) else None)
-        phase = self._now(trainer)
+        # A checkpoint of an epoch's last batch is resumed in the next epoch, the start of which is not called: its
+        # phase is over, but what the next one begins with has not been done.
+        phase = self._resumed or self._now(trainer)
         if not any(q.is_calibrated for q in self._quantizers):
             phases.set_bits(pl_module, phase)
             self._calibrate(trainer, pl_module, quantizers(pl_module))
+        elif self._absent:
+            self._calibrate(trainer, pl_module, self._absent)
         self._enter(trainer, pl_module, phase)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,8 +146,8 @@ class QuantizationAwareTraining(Callback):
             self._enter(trainer, pl_module, self._now(trainer))  # training flags are new in every epoch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before a batch: follow a schedule of steps; note which activation quantizers the first one reaches."""
-        if self.schedule.unit == "step" and self._now(trainer) != self.phase:
+        """Called before a batch: go on to the next phase; note which activation quantizers the first one reaches."""
+        if self._now(trainer) != self.phase:
             self._proceed(trainer, pl_module)
         if self.phase != self._shown and self.phase is not None:
             phases.show(trainer, pl_module, self.phase)
@@ -194,6 +197,12 @@ class QuantizationAwareTraining(Callback):
         if self._watch is not None:
             self._watch.stop()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint: the phase that a run is resumed in."""
+        saved = checkpoint.get(CHECKPOINT_KEY, {}).get("phase")
+        if saved is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = Phase(**saved)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called for every checkpoint, after fit too: it says what quantizers its weights belong to."""
         self._describe(pl_module, checkpoint)
@@ -219,6 +228,9 @@ class QuantizationAwareTraining(Callback):
     def _describe(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = saving.describe(module, self.config, self.phase)
 
+    def _note_absent(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._absent = saving.complete(trainer, module, checkpoint)
+
     def _check_schedule(self, end: int | None) -> None:
         for late in self.schedule.check(end, self.config):
             rank_zero_warn(f"Of the schedule, {late}.", category=QuantizationWarning)
@@ -229,9 +241,8 @@ class QuantizationAwareTraining(Callback):
     def _proceed(self, trainer: Trainer, module: LightningModule) -> None:
         """Go on to the present phase; quantizers that it switches on or gives other bits are calibrated first."""
         phase = self._now(trainer)
-        at = trainer.current_epoch if self.schedule.unit == "epoch" else trainer.global_step
         changed = phases.set_bits(module, phase)
-        if 0 < self.schedule.float_epochs == at:
+        if phase.quantize and self.phase is not None and not self.phase.quantize:
             changed = list(quantizers(module))  # anew: the weights have moved since training started
         if changed:
             self._calibrate(trainer, module, changed)

@@ -117,7 +117,7 @@ class BatchNormReestimation(Callback):
         write_atomically(trainer)
         # By the module's own hook: those of callbacks are not called for checkpoints of weights alone, and weight
         # averaging exchanges the state_dict in its hook.
-        extend(pl_module, "on_save_checkpoint", self, after=lambda saved: complete(saved, self._in_checkpoints()))
+        extend(pl_module, "on_save_checkpoint", self, before=lambda saved: complete(saved, self._in_checkpoints()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the module complete: is there anything to do, and is it known how?"""

@@ -25,37 +25,50 @@ def describe(module: LightningModule, config: QuantizationConfig, phase: Phase |
     return {"config": config.to_dict(), "version": __version__, "bits": bits, "phase": now}
 
 
-def prepare(trainer: Trainer, module: LightningModule, config: QuantizationConfig, checkpoint: dict[str, Any]) -> None:
-    """Make module and checkpoint fit each other, before the weights are loaded.
+def check(module: LightningModule, config: QuantizationConfig, checkpoint: dict[str, Any]) -> None:
+    """Compare a checkpoint with the config, before its weights are loaded, and give quantizers the form they had.
 
     Raises:
-        ConfigurationError: it has another config, or it is a float checkpoint that a run is to be resumed from.
+        ConfigurationError: it has another config.
     """
     saved = checkpoint.get(CHECKPOINT_KEY)
-    if saved is not None and saved["config"] != config.to_dict():
+    if saved is None:
+        return
+    if saved["config"] != config.to_dict():
         raise ConfigurationError(
             f"The checkpoint was trained with another quantization config: "
             f"{differences(saved['config'], config.to_dict())}. Use the config of the checkpoint."
         )
-    if saved is not None:
-        restore_form(module, saved)
-    state = checkpoint["state_dict"]
-    missing = {
-        f"{name}.{key}": value
-        for name, quantizer in quantizers(module).items()
-        for key, value in quantizer.state_dict().items()
-    }
-    if not missing or any(name in state for name in missing):
-        return
+    restore_form(module, saved)
+
+
+def complete(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> list[str]:
+    """Look at the weights of a checkpoint once they have the module's own names; let a float network be one.
+
+    Returns:
+        Names of quantizers of which it holds nothing, because the module saves a part of itself.
+
+    Raises:
+        ConfigurationError: it is a float checkpoint that a run is to be resumed from.
+    """
+    state, found = checkpoint["state_dict"], quantizers(module)
+    absent = [name for name, q in found.items() if not any(f"{name}.{key}" in state for key in q.state_dict())]
+    if CHECKPOINT_KEY in checkpoint:
+        return absent
+    if not found or len(absent) < len(found):
+        return []
     path = trainer.ckpt_path or "The checkpoint"
     if trainer.state.fn == TrainerFn.FITTING:
         raise ConfigurationError(
             f"{path} holds a float network, so there is no quantized run to resume. Load its weights "
             f"({type(module).__name__}.load_from_checkpoint), then call fit without ckpt_path."
         )
-    for name, value in missing.items():
-        # Without a range a quantizer passes its input through, which is said before the first batch.
-        state[name] = torch.full_like(value, torch.inf) if name.endswith("log2_scale") else torch.zeros_like(value)
+    for name, quantizer in found.items():
+        for key, value in quantizer.state_dict().items():
+            # Without a range a quantizer passes its input through, which is said before the first batch.
+            fill = torch.full_like(value, torch.inf) if key == "log2_scale" else torch.zeros_like(value)
+            state[f"{name}.{key}"] = fill
+    return []
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:

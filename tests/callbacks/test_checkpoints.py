@@ -210,6 +210,71 @@ def test_objects_in_files_of_an_earlier_process_are_not_read(make_trainer, tmp_p
     assert callback.chosen.checkpoint == "last"
 
 
+class Renaming(Scored):
+    """It saves weights under names of its own, beside something else."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"net.{name}": value for name, value in checkpoint["state_dict"].items()}
+        checkpoint["epochs_seen"] = self.current_epoch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert all(name.startswith("net.") for name in checkpoint["state_dict"])
+        checkpoint["state_dict"] = {name[4:]: value for name, value in checkpoint["state_dict"].items()}
+        self.epochs_seen = checkpoint["epochs_seen"]
+
+
+@pytest.mark.parametrize("before_validation", [False, True])
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_modules_that_rename_what_they_save(checkpoint, before_validation, make_trainer, tmp_path):
+    settings = {"checkpoint": checkpoint, "before_validation": before_validation}
+    trainer, module, _ = fit(make_trainer, tmp_path, Renaming(), **settings)
+    for name in ("epoch=1", "last", "reestimated"):
+        file = saved(tmp_path / f"{name}.ckpt")
+        assert file["lightning_qbn_statistics"] == "reestimated"
+        weights = {key.removeprefix("net."): value for key, value in file["state_dict"].items()}
+        assert len(weights) == len(file["state_dict"]) == len(state(module))
+        alone = load_weights({"state_dict": weights})
+        assert_same(reestimated(alone), {n: v for n, v in weights.items() if "running" in n})
+    assert hasattr(module, "epochs_seen") is (checkpoint == "best")
+    chosen = "last" if checkpoint == "last" else "epoch=1"
+    present = look(trainer, "test", module)
+    assert torch.equal(look(trainer, "test", Renaming(), ckpt_path=tmp_path / f"{chosen}.ckpt"), present)
+    resumed = Renaming()
+    callbacks = QuantizationAwareTraining(CONFIG), BatchNormReestimation(4, **settings), best(tmp_path), last(tmp_path)
+    trainer = make_trainer(*callbacks, enable_checkpointing=True, max_epochs=4)
+    trainer.fit(resumed, train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert len(resumed.seen) == 48
+
+
+def test_statistics_that_are_made_on_loading_are_not_written(make_trainer, tmp_path):
+    class Making(Scored):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+
+    with pytest.warns(QuantizationWarning, match=r"keeps the statistics of training: on_load_checkpoint"):
+        fit(make_trainer, tmp_path, Making())
+    assert saved(tmp_path / "last.ckpt")["lightning_qbn_statistics"] == "training"
+
+
+def test_resumed_module_that_saves_a_part_of_itself(make_trainer, tmp_path):
+    class Part(Direct):
+        strict_loading = False
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            full = super().state_dict(*args, **kwargs)
+            return {name: value for name, value in full.items() if not name.startswith("head")}
+
+    keeper = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    callbacks = QuantizationAwareTraining(CONFIG), BatchNormReestimation(4), keeper
+    make_trainer(*callbacks, enable_checkpointing=True).fit(Part(), train_loader(), val_loader())
+    module, export = Part(), QuantizedExport(str(tmp_path / "model.onnx"), ["encodings"])
+    callbacks = QuantizationAwareTraining(CONFIG), BatchNormReestimation(4), export
+    trainer = make_trainer(*callbacks, max_epochs=3)
+    trainer.fit(module, train_loader(), val_loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert all(q.is_calibrated for q in quantizers(module).values())
+    assert export.files
+
+
 def test_gate_that_refuses_leaves_checkpoints_alone(make_trainer, tmp_path):
     fit(make_trainer, tmp_path)
     assert (tmp_path / "reestimated.ckpt").is_file()

@@ -114,6 +114,37 @@ def test_gradual_bits_resume_exactly(epoch, make_trainer, tmp_path):
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.parametrize(
+    "schedule", [FALLING, QATSchedule(float_epochs=1), QATSchedule(freeze_scales_at=1, freeze_batch_norm_at=1)], ids=str
+)
+def test_checkpoint_of_the_last_batch_of_an_epoch(schedule, make_trainer, tmp_path):
+    """Lightning resumes such a run in the next epoch, without a call at its start."""
+
+    class Stop(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_step == 6 and not trainer.sanity_checking:
+                raise RuntimeError("out of coffee")
+
+    def run(*callbacks: Any, **settings: Any) -> Direct:
+        torch.manual_seed(0)
+        module = Direct()
+        keeper = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+        callbacks = qat(CONFIG, schedule), *callbacks, keeper
+        trainer = make_trainer(*callbacks, enable_checkpointing=True, max_epochs=3, num_sanity_val_steps=0)
+        try:
+            trainer.fit(module, train_loader(), val_loader(), weights_only=True, **settings)
+        except RuntimeError as error:
+            assert "coffee" in str(error)  # noqa: PT017
+        return module
+
+    whole = run()
+    run(Stop())
+    resumed = run(ckpt_path=tmp_path / "step=6.ckpt")
+    assert len(resumed.seen) == 2 * 48
+    assert_same(state(resumed), state(whole))
+    assert bits(resumed) == bits(whole)
+
+
 def test_next_fit_starts_with_its_own_bits(make_trainer):
     module, watch = Direct(), Watch(bits)
     with pytest.warns(QuantizationWarning, match="bits still"):
