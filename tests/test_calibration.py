@@ -256,3 +256,27 @@ def test_folded_network_keeps_its_integers(quantized, batches):
     before = {name: layer.integers().clone() for name, layer in weight_layers(folded).items()}
     calibrate_quantizers(folded, batches)
     assert all(torch.equal(layer.integers(), before[name]) for name, layer in weight_layers(folded).items())
+
+
+def test_only_some_are_calibrated_as_in_the_float_network(quantized, batches):
+    """The others keep their ranges and do not round meanwhile."""
+    calibrate_quantizers(quantized, batches)
+    expected = {name: q.log2_scale.detach().clone() for name, q in quantizers(quantized).items()}
+    chosen = list(expected)[::3]
+    for quantizer in quantizers(quantized).values():
+        with torch.no_grad():
+            quantizer.log2_scale += 3
+    calibrate_quantizers(quantized, batches, only=chosen)
+    for name, quantizer in quantizers(quantized).items():
+        assert torch.equal(quantizer.log2_scale, expected[name] if name in chosen else expected[name] + 3), name
+        assert quantizer.enabled
+
+
+def test_some_are_as_before_where_calibration_fails(quantized, batches):
+    calibrate_quantizers(quantized, batches)
+    before = {name: q.log2_scale.detach().clone() for name, q in quantizers(quantized).items()}
+    with pytest.raises(CalibrationError):
+        calibrate_quantizers(quantized, [torch.full_like(batches[0], torch.nan)], only=list(before)[:2])
+    for name, quantizer in quantizers(quantized).items():
+        assert torch.equal(quantizer.log2_scale, before[name])
+        assert quantizer.is_calibrated

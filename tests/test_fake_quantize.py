@@ -267,3 +267,30 @@ def test_only_learned_scales_are_parameters():
     assert list(calibrated(learned=False).parameters()) == []
     network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(calibrated()), calibrated())
     assert list(quantizers(network)) == ["1.0", "2"]
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_scales_wide(dtype, learned):
+    network = nn.Sequential(FakeQuantize(8, signed=False, learned=learned), nn.Linear(2, 2))
+    network[0].set_range(torch.tensor(-0.3), torch.tensor(1.7))
+    scale = network[0].scale.clone()
+    assert network.to(dtype) is network
+    assert network[1].weight.dtype == dtype
+    assert {t.dtype for t in network[0].state_dict().values()} == {torch.float32}
+    assert torch.equal(network[0].scale, scale)
+    assert network(torch.ones(1, 2, dtype=dtype)).dtype == dtype
+    assert {t.dtype for t in network.double()[0].state_dict().values()} == {torch.float64}
+    assert {t.dtype for t in network.float()[0].state_dict().values()} == {torch.float32}
+
+
+def test_other_bits_are_another_range_of_integers():
+    quantizer = FakeQuantize(4, signed=True, narrow=True)
+    quantizer.set_bits(8)
+    assert (quantizer.quant_min, quantizer.quant_max, quantizer.configured_bits) == (-127, 127, 4)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    x = torch.linspace(-1, 1, 255)
+    torch.testing.assert_close(quantizer(x), x)
+    quantizer.set_bits(4)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    assert len(quantizer(x).unique()) == 15
