@@ -53,9 +53,14 @@ def complete(checkpoint: dict[str, Any], shipped: Reestimation | None) -> None:
     weights.update({name: value.clone() for name, value in values.items() if name in weights})
 
 
-def warn_of_old(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Say so where a validation, test or prediction loads statistics that were not re-estimated."""
-    if trainer.state.fn != TrainerFn.FITTING and checkpoint.get(STATISTICS_KEY) == OF_TRAINING:
+def prepare_evaluation(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Let a validation, test or prediction see what ships, or say so where the checkpoint is older."""
+    if trainer.state.fn == TrainerFn.FITTING:
+        return
+    if "current_model_state" in checkpoint:
+        # In the Trainer that trained, weight averaging has just put the weights in training in the place of their mean.
+        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    if checkpoint.get(STATISTICS_KEY) == OF_TRAINING:
         rank_zero_warn(
             f"{trainer.ckpt_path} was written before batch-norm was re-estimated: what is measured has the statistics "
             f"of training. The best and the last checkpoint of a finished run have re-estimated ones.",

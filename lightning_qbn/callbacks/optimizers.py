@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,8 @@ def separate_scales(
 ) -> list[str]:
     """Move the learned scales of a network out of their groups into one of their own.
 
-    Scales that no optimizer holds go to the one that holds the most parameters of the network.
+    LBFGS keeps those that it has. Scales that no optimizer holds go to the one that holds the most parameters of the
+    network.
 
     Args:
         network: with quantizers.
@@ -36,6 +38,10 @@ def separate_scales(
     scales = {id(q.log2_scale): (name, q.log2_scale) for name, q in quantizers(network).items() if q.learned}
     taken: set[int] = set()
     optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):  # it takes one group, and knows no weight decay
+            taken |= {id(p) for p in optimizer.param_groups[0]["params"]}
+    optimizers = [optimizer for optimizer in optimizers if not isinstance(optimizer, torch.optim.LBFGS)]
     for optimizer in optimizers:
         inside = [p for group in optimizer.param_groups for p in group["params"] if id(p) in scales]
         taken |= {id(p) for p in inside}

@@ -16,7 +16,7 @@ from lightning_qbn.callbacks.batches import TargetFn
 from lightning_qbn.callbacks.checks import check_epochs, check_forward, check_gate, check_kinds, check_run
 from lightning_qbn.callbacks.choosing import Chosen, check_choice, choose, put_back
 from lightning_qbn.callbacks.hooks import extend, release
-from lightning_qbn.callbacks.keeping import complete, forget, log, warn_of_old, write_again
+from lightning_qbn.callbacks.keeping import complete, forget, log, prepare_evaluation, write_again
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left, warn_of_no_training
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.callbacks.storage import write_atomically
@@ -206,7 +206,7 @@ class BatchNormReestimation(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called for every checkpoint: take over from a run that is resumed."""
-        warn_of_old(trainer, checkpoint)
+        prepare_evaluation(trainer, pl_module, checkpoint)
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
         if saved is not None and trainer.state.fn == TrainerFn.FITTING:
             self.curve = [CurvePoint(**point) for point in saved["curve"]]

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -395,6 +395,16 @@ def test_longer_training_from_a_finished_run_is_as_one_run(checkpoint, make_trai
     module = run(4, tmp_path / "parts", ckpt_path="last")
     assert len(module.seen) == 2 * 48
     assert_same(state(module), state(whole))
+
+
+@pytest.mark.parametrize("kind", [WeightAveraging, EMAWeightAveraging])
+def test_averaged_weights_are_tested_by_the_trainer_that_trained(kind, make_trainer, tmp_path):
+    """Lightning loads the weights in training over their mean there."""
+    trainer, module, _ = fit(make_trainer, tmp_path, more=[kind(use_buffers=False)], checkpoint="best")
+    present = look(trainer, "test", module)
+    other = Scored()
+    assert torch.equal(look(trainer, "test", other, ckpt_path="best"), present)
+    assert_same(state(other), state(module))
 
 
 def test_averaged_weights(make_trainer, tmp_path):

@@ -328,3 +328,9 @@ def test_exploding_gradients_do_not_explode_scales(make_trainer):
     for name, quantizer in quantizers(module).items():
         octaves = (quantizer.scale.detach() / scales.first[name]).log2().abs().max()
         assert octaves <= 6 * 0.01 + 1e-4, name  # six steps of at most the learning rate
+
+
+def test_lbfgs_keeps_its_one_group(make_trainer):
+    _, trainer, rates = fit(Direct, lambda m: torch.optim.LBFGS(m.parameters(), 0.1, max_iter=2), make_trainer)
+    assert len(trainer.optimizers[0].param_groups) == 1
+    assert any(not torch.equal(rates.before[name], rates.after[name]) for name in rates.before)
