@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,11 +80,29 @@ def uncompiled(module: LightningModule) -> Iterator[None]:
 
 
 def plain(module: LightningModule) -> LightningModule:
-    """The module itself, not compiled any more."""
+    """The module itself, not compiled any more, however often: Lightning wraps what it wrapped in every ``fit``.
+
+    A copy has the compiled steps of the module that it was copied from, bound to that one.
+    """
     if module._compiler_ctx is not None:
         to_uncompiled(module)
-        for name in _STEPS:
-            step = module.__dict__.get(name)
-            if getattr(step, "__func__", None) is getattr(type(module), name, None):
-                del module.__dict__[name]  # the class's own, which would hide that of a new class
+    for name in _STEPS:
+        step = module.__dict__.get(name)
+        if step is None:
+            continue
+        step = inspect.unwrap(step)
+        function = getattr(step, "__func__", None)
+        # Not only its present class: quantizers gave it a subclass, whose forward an old one would hide.
+        if function is not None and any(vars(cls).get(name) is function for cls in type(module).__mro__):
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = step  # what the user put on the object
     return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs the module or a part of it."""
+    parts = list(module.modules())
+    in_place = any(part.__dict__.get("_compiled_call_impl") is not None for part in parts)
+    whole = getattr(module, "_compiler_ctx", None) is not None
+    return whole or in_place or any(hasattr(part, "_orig_mod") for part in parts)

@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_qbn.callbacks.batches import forward_of, sampled_train_batches, uncompiled_name, validation_batches
+from lightning_qbn.callbacks.batches import (
+    forward_of,
+    has_validation,
+    sampled_train_batches,
+    uncompiled_name,
+    validation_batches,
+)
 from lightning_qbn.callbacks.building import plain
 from lightning_qbn.callbacks.choosing import Chosen
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
@@ -28,7 +35,7 @@ from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.layers import weight_layers
-from lightning_qbn.passes import ForwardFn, quiet
+from lightning_qbn.passes import ForwardFn, input_of, quiet
 from lightning_qbn.ranks import on_all_ranks
 
 _SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
@@ -111,6 +118,22 @@ class QuantizedExport(Callback):
                 f"network (there are: {', '.join(networks) or 'none'}), so it is not known what to export. Give it a "
                 f"forward, or leave all but one network in float with QuantizationConfig(skip=[...])."
             )
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before a validation batch, in the sanity check too: the first is what the example is taken from."""
+        if trainer.state.fn == TrainerFn.FITTING and batch_idx == dataloader_idx == 0:
+            self._check_batch(batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before a training batch: likewise, where there is no validation."""
+        if batch_idx == 0 and not has_validation(trainer):
+            self._check_batch(batch)
+
+    def _check_batch(self, batch: Any) -> None:
+        if self.example_input is None and self.forward_fn is None:
+            input_of(batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called while device and loaders are there: note the arguments that the network gets."""

@@ -139,7 +139,7 @@ class BatchNormReestimation(Callback):
         """Called before a batch, after which the last validation tells nothing about the weights any more."""
         self._validated = None
         if batch_idx == 0 and batch_norms(pl_module):
-            self._trial.check_batch(pl_module, batch)
+            self._trial.check_batch(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -30,7 +30,7 @@ from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.drift import Reestimation, write
 from lightning_qbn.errors import QuantizationWarning
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.passes import ForwardFn, default_forward, input_of
+from lightning_qbn.passes import ForwardFn, input_of
 from lightning_qbn.reestimation import Settings, reestimate_batch_norms
 from lightning_qbn.side_effects import modes_restored
 
@@ -86,9 +86,9 @@ class Trial:
                 recalibrate_ranges=self.recalibrate_ranges,
             )
 
-    def check_batch(self, module: LightningModule, batch: Any) -> None:
+    def check_batch(self, batch: Any) -> None:
         """Raise in a first training batch, not after the last, where batches have a form that needs forward_fn."""
-        if self.forward_fn is None and forward_of(module, None) is default_forward:
+        if self.forward_fn is None:
             input_of(batch)
 
     def measure(self, trainer: Trainer, module: LightningModule) -> float | None:

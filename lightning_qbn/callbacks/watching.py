@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_qbn.callbacks.building import is_compiled
 from lightning_qbn.errors import QuantizationWarning
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.layers import weight_layers
@@ -26,6 +28,8 @@ class ReachedQuantizers:
     def __init__(self, module: LightningModule) -> None:
         weights = {id(getattr(layer, "weight_quantizer", None)) for layer in weight_layers(module).values()}
         self._waiting = {n: q for n, q in quantizers(module).items() if q.is_calibrated and id(q) not in weights}
+        if is_compiled(module):
+            torch.compiler.reset()  # code that was compiled in an earlier fit knows nothing of these hooks
         self._handles = [q.register_forward_pre_hook(self._note) for q in self._waiting.values()]
         self.active = True
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_qbn import (
     BatchNormReestimation,
     ConfigurationError,
+    DataError,
     ExportError,
     QATSchedule,
     QuantizationAwareTraining,
@@ -331,3 +332,16 @@ def test_file_is_of_the_network_after_reestimation(make_trainer, tmp_path):
     with torch.no_grad():
         assert torch.equal(export.folded.eval()(images), again.eval()(images))
         assert not torch.equal(export.folded(images), stale.eval()(images))
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_batches_of_another_form_are_found_before_training_ends(validated, make_trainer, tmp_path):
+    def forward_fn(module: Any, batch: Any) -> Any:
+        return module.net(batch["image"])
+
+    module = FromDicts()
+    export = QuantizedExport(str(tmp_path / "model.onnx"), ["encodings"])
+    loaders = [DataLoader(DictPictures(), 8)] * (2 if validated else 1)
+    with pytest.raises(DataError, match="forward_fn"):
+        make_trainer(QuantizationAwareTraining(CONFIG, forward_fn=forward_fn), export).fit(module, *loaders)
+    assert not module.seen

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import signal
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -400,6 +403,52 @@ def test_compiled(how, make_trainer, tmp_path):
         assert "forward" in vars(module)
         assert torch.equal(plain(module)(images), rounded)
         assert not {"forward", "training_step"} & set(vars(module))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # within torch._dynamo
+@pytest.mark.parametrize("how", ["whole", "in place"])
+@pytest.mark.parametrize("before", [["float"], ["float", "float"], ["quantized"], ["quantized", "eval"]], ids=str)
+def test_compiled_module_is_fitted_again(how, before, make_trainer, tmp_path):
+    """Lightning wraps the compiled steps in every fit; the file is that of the same runs without compilation."""
+
+    def run(compiles: bool, path: Path) -> tuple[Silent, QuantizedExport]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module: Any = Silent()
+        given = torch.compile(module, backend="eager") if compiles and how == "whole" else module
+        if compiles and how == "in place":
+            module.compile(backend="eager")
+        for step in before:
+            if step == "eval":
+                module.eval()
+            else:
+                qat = [QuantizationAwareTraining(CONFIG)] if step == "quantized" else []
+                make_trainer(*qat, max_epochs=1).fit(given, train_loader(), val_loader())
+        export = QuantizedExport(str(path), ["onnx"])
+        callbacks = QuantizationAwareTraining(CONFIG), BatchNormReestimation(2), export
+        # A warning that quantizers did not run would be an error here.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(eval mode|frozen)")
+            make_trainer(*callbacks, max_epochs=1).fit(given, train_loader(), val_loader())
+        return module, export
+
+    expected, _ = run(False, tmp_path / "plain.onnx")
+    module, export = run(True, tmp_path / "compiled.onnx")
+    assert_same(integer_weights(module), integer_weights(expected))
+    assert_same(state(module), state(expected))
+    assert not {"forward", "training_step"} & set(vars(export.folded))
+    files = [onnx.load(tmp_path / name).graph for name in ("plain.onnx", "compiled.onnx")]
+    kinds = [Counter(node.op_type for node in graph.node) for graph in files]
+    assert kinds[0] == kinds[1]
+    assert kinds[1]["QuantizeLinear"] == 5
+    tensors = [sorted(onnx.numpy_helper.to_array(t).tobytes() for t in graph.initializer) for graph in files]
+    assert tensors[0] == tensors[1]
+
+
+def test_step_that_the_user_put_on_the_object_stays():
+    module = Silent()
+    module.training_step = mine = lambda batch, batch_idx: None
+    assert plain(module).training_step is mine
 
 
 def test_copy_of_a_compiled_module_runs_its_own_weights():
