@@ -4,73 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Bound: TypeAlias = Any  # Tensor | int, which no overload of Tensor.clamp takes
+from lightning_qbn.arithmetic import Bound, wide
+from lightning_qbn.kernels import Clip
+from lightning_qbn.rounding import NO_CLIP, fake_quantize
+
 _AVERAGING_CONSTANT = 0.01  # of the moving minimum and maximum of observed activations, as in torch's observer
 _SMALLEST_SCALE = 2.0**-100  # keeps 1 / scale and products of two scales inside float32
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Forward ``clamp(round(x / scale), low, high) * scale``; gradients of LSQ (Esser et al., section 2.1).
-
-    Plain torch operations throughout: a compiler can fuse them with their neighbours, which it cannot do
-    with ATen's own fake-quantize operators. Only the input is saved.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        wide = _wide(x.dtype)
-        quantized = (x.to(wide) / scale).round_().clamp_(low, high).mul_(scale)
-        return quantized.to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, low, high = inputs
-        bounds = [bound for bound in (low, high) if isinstance(bound, Tensor)]
-        ctx.save_for_backward(x, scale, *bounds)
-        ctx.bounds = None if bounds else (low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, scale, *bounds = ctx.saved_tensors
-        low, high = ctx.bounds or bounds
-        grad = grads[0]
-        steps = x.to(_wide(x.dtype)) / scale
-        inside = (steps >= low) & (steps <= high)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = steps.round().clamp_(low, high).sub_(steps * inside)
-            grad_scale = (grad * slope).sum_to_size(scale.shape).to(scale.dtype)
-        return grad_x, grad_scale, None, None
-
-
-def fake_quantize(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-    """Round a tensor to the grid ``scale * {low, ..., high}``, halves to even as ONNX QuantizeLinear does.
-
-    Args:
-        x: floating-point tensor; rounding happens in float32 or wider, the result has the dtype of ``x``.
-        scale: positive, broadcastable to ``x``.
-        low: smallest integer, quant_min - zero_point.
-        high: largest integer, quant_max - zero_point.
-
-    Returns:
-        The rounded tensor. Gradient to ``x``: 1 inside the range, 0 outside. Gradient to ``scale``:
-        ``round(v) - v`` inside, ``low`` or ``high`` outside, with ``v = x / scale``. The ends of the range are inside.
-
-    >>> fake_quantize(torch.tensor([0.26, 0.9, -3.0]), torch.tensor(0.5), -1, 1)
-    tensor([ 0.5000,  0.5000, -0.5000])
-    """
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
-    return result
 
 
 class FakeQuantize(nn.Module):
@@ -111,7 +55,7 @@ class FakeQuantize(nn.Module):
         self.configured_bits = bits
         self.set_bits(bits)
         # Infinity says that there is no range yet. A flag would be a buffer, and weight averaging averages those.
-        log2_scale = torch.full(scale_shape, torch.inf, dtype=_wide(torch.get_default_dtype()))
+        log2_scale = torch.full(scale_shape, torch.inf, dtype=wide(torch.get_default_dtype()))
         if learned:
             self.log2_scale = nn.Parameter(log2_scale)
         else:
@@ -128,7 +72,7 @@ class FakeQuantize(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Step between two neighbouring integers; positive, float32 or wider, of shape ``scale_shape``."""
-        return torch.exp2(self.log2_scale.to(_wide(self.log2_scale.dtype)))
+        return torch.exp2(self.log2_scale.to(wide(self.log2_scale.dtype)))
 
     @property
     def is_calibrated(self) -> bool:
@@ -182,11 +126,17 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x``; anything that is not a floating-point tensor is returned as it is."""
-        if not (self._ready and self.enabled) or not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
+        return self.clip_and_round(x) if self.rounds(x) else x
+
+    def rounds(self, x: object) -> bool:
+        """Whether this is something to round, and there is a range for it."""
+        return self._ready and self.enabled and isinstance(x, Tensor) and x.is_floating_point()
+
+    def clip_and_round(self, x: Tensor, clip: Clip = NO_CLIP, **memory: bool) -> Tensor:
+        """Round what an activation leaves of ``x``; see `fake_quantize`, also for ``memory``."""
         if not self.learned and self.observing and self.training:
-            self._observe(x.detach())
-        return fake_quantize(x, self.scale, *self._bounds())
+            self._observe(x.detach(), clip)
+        return fake_quantize(x, self.scale, *self._bounds(), clip, **memory)
 
     def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed:
@@ -195,11 +145,12 @@ class FakeQuantize(nn.Module):
         return self.quant_min - zero_point, self.quant_max - zero_point
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, clip: Clip) -> None:
         kept = [d for d, size in enumerate(self.zero_point.shape) if size != 1]
         reduced = [d for d in range(x.dim()) if d not in kept]
         shape = self.zero_point.shape
-        low, high = x.amin(reduced).reshape(shape).to(self.minimum), x.amax(reduced).reshape(shape).to(self.maximum)
+        low, high = x.amin(reduced).clamp(*clip), x.amax(reduced).clamp(*clip)
+        low, high = low.reshape(shape).to(self.minimum), high.reshape(shape).to(self.maximum)
         # A batch with NaN or infinity, which loss scaling will skip, must not spoil the range for good.
         low, high = torch.where(low.isfinite(), low, self.minimum), torch.where(high.isfinite(), high, self.maximum)
         if not self.follow_input:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.fusion import fuse, only_summed, round_result
 from lightning_qbn.graph import Site
 from lightning_qbn.layers import (
     IntegerWeight,
@@ -168,22 +169,16 @@ def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> No
     holders = {node: root.get_submodule(site.owner) for node, site in placed.items()}
     regions = divide(traced, root, holders)
     for node, site in placed.items():
-        for region in (region for parts in regions.values() for region in parts.values() if node in region.copies):
-            name = region.names[holders[node]]
-            _round(region.copies[node], join(name, site.attribute))
-        _round(node, site.path)
+        summed = only_summed(node)
+        for name, parts in regions.items():
+            for region in (region for region in parts.values() if node in region.copies):
+                path = join(region.names[holders[node]], site.attribute)
+                fuse(round_result(region.copies[node], path), root.get_submodule(name), summed)
+        round_result(node, site.path)
     for name, parts in regions.items():
         programs = {graph: Program(part.graph, part.fixed) for graph, part in parts.items()}
         train, evaluation = programs.get(traced.train), programs.get(traced.eval)
         install(root.get_submodule(name), train, evaluation, None if name else traced)
-
-
-def _round(node: fx.Node, quantizer: str) -> None:
-    users = list(node.users)
-    with node.graph.inserting_after(node):
-        rounded = node.graph.call_module(quantizer, (node,))
-    for user in users:
-        user.replace_input_with(node, rounded)
 
 
 def _activation_quantizer(settings: QuantizationConfig) -> FakeQuantize:

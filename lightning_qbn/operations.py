@@ -136,6 +136,12 @@ def hooks_of(module: nn.Module, before: bool) -> list[Any]:
     return [hook for hook in found if not isinstance(hook, prune.BasePruningMethod)]
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks run before or after a module's forward or backward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def name_of(node: fx.Node) -> str:
     """Short name of the operation: ``add``, ``relu``, ``adaptive_avg_pool2d``, or the module's name."""
     if callable(node.target):

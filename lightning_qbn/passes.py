@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_qbn.compiling import forced
 from lightning_qbn.errors import ConfigurationError, DataError, QuantizationError
 from lightning_qbn.side_effects import modes_restored, random_states, set_random_states
 
@@ -69,6 +70,7 @@ def quiet(network: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(forced())
         stack.callback(set_random_states, random_states())
         stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
         stack.enter_context(torch.no_grad())

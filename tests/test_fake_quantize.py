@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_qbn import FakeQuantize
-from lightning_qbn.fake_quantize import fake_quantize, quantizers
+from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.rounding import fake_quantize
 
 few = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**31)

@@ -1,0 +1,56 @@
+"""The arithmetic of fake-quantization for large tensors without a compiler: in parts that stay in a processor's cache.
+
+Several plain operations, each of which goes through the whole memory, would take three times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_qbn.arithmetic import wide
+
+_CHUNK = 2**16  # values
+
+
+def round_into(out: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: float, ceiling: float) -> None:
+    """`arithmetic.rounded` of rows, into memory of their own."""
+    if floor > -torch.inf:
+        # The same as to cut off before the division, for division and rounding keep the order of values.
+        low, high = torch.maximum(low, (floor / scale).round()), torch.minimum(high, (ceiling / scale).round())
+    for to, values, step, least, most in _parts(out, x, scale, low, high):
+        steps = values.to(wide(x.dtype)) / step
+        to.copy_(steps.round_().clamp_(least, most).mul_(step))
+
+
+def round_in_place(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: float, ceiling: float) -> None:
+    """`arithmetic.rounded` of rows, into their own memory."""
+    round_into(x, x, scale, low, high, floor, ceiling)
+
+
+def differentiate_into(
+    grad_x: Tensor, x: Tensor, grad: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: float, ceiling: float
+) -> Tensor:
+    """`arithmetic.gradients` of rows, the first into memory of its own, the second summed over each row."""
+    sums = []
+    for to, values, given, step, least, most in _parts(grad_x, x, grad, scale, low, high):
+        values, given = values.to(wide(x.dtype)), given.to(wide(x.dtype))
+        steps = values.clamp(floor, ceiling) / step
+        whole = steps.clamp(least, most)
+        inside = whole.eq(steps)
+        slope = torch.where(inside, whole.round_().sub(steps), whole)
+        sums.append(slope.mul_(given).sum(-1))
+        if floor > -torch.inf:
+            inside &= values.gt(floor).logical_and_(values.lt(ceiling))
+        to.copy_(torch.where(inside, given, 0.0))
+    return torch.stack(sums).sum(0) if x.dim() == 1 else torch.cat(sums)
+
+
+def _parts(rows: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Stretches of rows; what has one value for each row is divided likewise."""
+    size = _CHUNK if rows.dim() == 1 else max(1, _CHUNK // rows.shape[1])
+    divided = [torch.split(t, size) if t.dim() == rows.dim() else None for t in (rows, *others)]
+    for index in range(len(divided[0] or ())):
+        yield tuple(t if parts is None else parts[index] for t, parts in zip((rows, *others), divided, strict=True))

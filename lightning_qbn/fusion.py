@@ -1,0 +1,127 @@
+"""The end of a group of layers in one pass over the memory: an activation, and the quantizer behind it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+
+from lightning_qbn.convolution import WEIGHT_LAYERS, has_own_forward
+from lightning_qbn.fake_quantize import FakeQuantize
+from lightning_qbn.operations import is_hooked, name_of, runs
+
+_MODULES: dict[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
+_FUNCTIONS = {"relu": (0.0, torch.inf), "relu_": (0.0, torch.inf), "relu6": (0.0, 6.0)}
+_NO_CLIP = (-torch.inf, torch.inf)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SUMS = {"add", "iadd", "add_", "sub", "rsub", "isub", "sub_"}
+_FRESH = {"add", "sub", "rsub", "mul", "cat"}  # give memory of their own, which nobody else has yet
+
+
+def activate(
+    x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module, source: nn.Module | bool, summed: bool
+) -> Tensor:
+    """``quantizer(activation(x))``; in one pass where nobody can see a difference.
+
+    That is decided at every call: until there is a range, or while hooks watch, each module runs for itself.
+
+    Args:
+        x: what the activation gets.
+        activation: the module that stands there now, or the name of a function, or None.
+        quantizer: behind it.
+        source: the module that made ``x``, or True for an operation that did, if nobody else uses ``x``: its memory
+            may be taken. Otherwise False.
+        summed: only sums take the result: they do not keep it for their gradients.
+    """
+    clip = _clip_of(activation)
+    if clip is None or not isinstance(quantizer, FakeQuantize) or is_hooked(quantizer) or not quantizer.rounds(x):
+        rounded: Tensor = quantizer(_activated(x, activation))
+        return rounded
+    overwrite = not torch.is_grad_enabled() and (_makes_memory(source) if isinstance(source, nn.Module) else source)
+    return quantizer.clip_and_round(x, clip, overwrite=overwrite, save_residual=summed and activation is None)
+
+
+def _clip_of(activation: nn.Module | str | None) -> tuple[float, float] | None:
+    if isinstance(activation, nn.Module):
+        own = is_hooked(activation) or "forward" in vars(activation)
+        return None if own else _MODULES.get(type(activation))
+    return _NO_CLIP if activation is None else _FUNCTIONS[activation]
+
+
+def _activated(x: Tensor, activation: nn.Module | str | None) -> Tensor:
+    if isinstance(activation, nn.Module):
+        activated: Tensor = activation(x)
+        return activated
+    return x if activation is None else F.relu6(x) if activation == "relu6" else F.relu(x)
+
+
+def round_result(node: fx.Node, quantizer: str) -> fx.Node:
+    """Let the users of a node get its result from a quantizer, a module with this name; the call of it."""
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        rounded = node.graph.call_module(quantizer, (node,))
+    for user in users:
+        user.replace_input_with(node, rounded)
+    return rounded
+
+
+def only_summed(node: fx.Node) -> bool:
+    """Whether only sums take the result of a node."""
+    return all(name_of(user) in _SUMS for user in node.users)
+
+
+def fuse(rounded: fx.Node, owner: nn.Module, summed: bool) -> None:
+    """Replace the call of a quantizer, and of the activation before it, by one of `activate`.
+
+    Args:
+        rounded: in a graph that nobody reads for its layers any more.
+        owner: module that runs the graph.
+        summed: see `activate`; the whole network knows, not this part of it.
+    """
+    last = rounded.all_input_nodes[0]
+    source = last.all_input_nodes[0] if last.all_input_nodes else last
+    whole = _is_activation(last, owner) and (not _in_place(last, owner) or _is_own(source, owner))
+    source = source if whole else last
+    graph = rounded.graph
+    with graph.inserting_before(rounded):
+        made: fx.Node | bool = _is_own(source, owner)
+        if made and source.op == "call_module":
+            made = graph.get_attr(str(source.target))
+        how: fx.Node | str | None = None
+        if whole:
+            how = graph.get_attr(str(last.target)) if last.op == "call_module" else name_of(last)
+        call = graph.call_function(activate, (source, how, graph.get_attr(str(rounded.target)), made, summed))
+    rounded.replace_all_uses_with(call)
+    graph.erase_node(rounded)
+    if whole:
+        graph.erase_node(last)
+
+
+def _is_activation(node: fx.Node, owner: nn.Module) -> bool:
+    if len(node.users) > 1:
+        return False
+    if node.op == "call_module":
+        return type(owner.get_submodule(str(node.target))) in _MODULES
+    return node.op in ("call_function", "call_method") and name_of(node) in _FUNCTIONS
+
+
+def _in_place(node: fx.Node, owner: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(owner.get_submodule(str(node.target)).inplace)
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False)
+    return name_of(node) == "relu_" or bool(given)
+
+
+def _is_own(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether a node makes a tensor that only its one user sees."""
+    if len(node.users) != 1:
+        return False
+    if node.op == "call_module":
+        return _makes_memory(owner.get_submodule(str(node.target)))
+    return node.op == "call_function" and name_of(node) in _FRESH and "out" not in node.kwargs
+
+
+def _makes_memory(module: nn.Module) -> bool:
+    """Whether the result of a module is a tensor of its own, which nobody else gets to see."""
+    layer = isinstance(module, WEIGHT_LAYERS) and not has_own_forward(getattr(module, "float_class", type(module)))
+    return (layer or runs(module, _BATCH_NORMS)) and not is_hooked(module)
