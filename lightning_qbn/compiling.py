@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_qbn.errors import QuantizationWarning
 
 SMALLEST = 2**16  # values of a tensor for which a compiled pass is worth its start, some 20 microseconds
-_TYPICAL = 2**22  # values of the tensors that a pass is compiled with
+_TYPICAL = (2**13 - 1) * 2**10  # values of the tensors that a pass is compiled with
 _ROWS = 2**10  # of them, where it works on rows
 _compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
 _without_compiler: set[str] = set()  # types of devices

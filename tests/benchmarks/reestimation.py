@@ -18,22 +18,9 @@ from rich.table import Table
 from torch import nn
 
 from lightning_qbn import QuantizationConfig, calibrate_quantizers, insert_quantizers, reestimate_batch_norms
-from lightning_qbn.demo.networks import MobileNet, ResNet
 
+from .networks import NETWORKS
 from .timing import interleaved
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "mobilenet": lambda: MobileNet(
-        in_channels=3,
-        widths=(16, 24, 32, 64),
-        depths=(1, 2, 3, 3),
-        strides=(1, 2, 2, 2),
-        expansion=6,
-        stem=16,
-        head=320,
-    ),
-    "resnet": lambda: ResNet(in_channels=3),
-}
 
 
 def measure(name: str, size: int, batch: int, count: int, rounds: int, threads: int) -> dict[str, float]:

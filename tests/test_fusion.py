@@ -1,0 +1,191 @@
+"""ReLU and quantizer in one pass: the same values, gradients, hooks and memory as one after the other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lightning_qbn import QuantizationConfig, calibrate_quantizers, insert_quantizers
+from lightning_qbn.demo.networks import MobileNet, ResNet
+from lightning_qbn.fake_quantize import quantizers
+
+IMAGES = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Functions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(a, 16, 3, padding=1) for a in (1, 16, 16))
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.one(x)), inplace=True)
+        y = F.relu6(self.two(x))
+        return torch.relu(self.three(y).relu_() + x).flatten(1)
+
+
+class PreActivation(nn.Module):
+    """The sum goes on to a ReLU in place and past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.two(self.relu(self.norm(x))) + x
+
+
+NETWORKS = [MobileNet, ResNet, Functions, PreActivation]
+
+
+def one_by_one(network):
+    """The same quantized network, each activation and each quantizer a call of its own."""
+    copied = copy.deepcopy(network)
+    for quantizer in quantizers(copied).values():
+        quantizer.register_forward_hook(lambda module, args, output: None)
+    return copied
+
+
+def quantized(make, **settings):
+    torch.manual_seed(0)
+    network = make()
+    insert_quantizers(network, QuantizationConfig(4, 8, **settings))
+    calibrate_quantizers(network, [IMAGES], 1)
+    return network
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale", ["learned", "observed"])
+@pytest.mark.parametrize("make", NETWORKS)
+def test_training_and_evaluation_are_those_of_single_calls(make, scale, symmetric):
+    fused = quantized(make, scale=scale, activation_symmetric=symmetric)
+    single = one_by_one(fused)
+    for network in (fused, single):
+        network.train()
+        network(IMAGES).square().mean().backward()
+    for (name, ours), theirs in zip(fused.named_parameters(), single.parameters(), strict=True):
+        # Scales behind which only sums stand keep half precision for their gradient.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, ours), theirs in zip(fused.named_buffers(), single.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(fused.eval()(IMAGES), single.eval()(IMAGES))
+
+
+def test_modules_that_hooks_watch_run_for_themselves():
+    network = quantized(MobileNet).eval()
+    expected = network(IMAGES)
+    seen = []
+    relu = network.stem[2]
+    relu.register_forward_hook(lambda module, args, output: seen.append((args[0].min(), output.min(), output.max())))
+    assert torch.equal(network(IMAGES), expected)
+    ((before, least, most),) = seen
+    assert before == least == 0 or before < 0  # in place, as the user chose
+    assert least >= 0
+    assert most <= 6
+
+
+def test_outputs_that_hooks_keep_are_not_written_over():
+    network = quantized(ResNet).eval()
+    kept = []
+    network.blocks[0].second[1].register_forward_hook(
+        lambda module, args, output: kept.append((output, output.clone()))
+    )
+    with torch.no_grad():
+        network(IMAGES)
+    assert torch.equal(*kept[0])
+
+
+def test_input_of_the_caller_is_not_written_over():
+    network = quantized(lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(1, 4, 3))).eval()
+    before = IMAGES.clone()
+    with torch.no_grad():
+        network(IMAGES)
+    assert torch.equal(IMAGES, before)
+
+
+def test_activation_that_was_replaced_is_the_one_that_runs():
+    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))).eval()
+    quantizer = network[1].output_quantizer
+    network[1] = nn.Hardtanh(0.0, 1.0)
+    network[1].output_quantizer = quantizer
+    seen = []
+    network[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].max()))
+    network(IMAGES)
+    assert seen[0] <= 1.01
+
+
+def test_uncalibrated_and_disabled_quantizers_leave_the_activation():
+    torch.manual_seed(0)
+    network = MobileNet().eval()
+    expected = network(IMAGES)
+    insert_quantizers(network, QuantizationConfig(4, 8))
+    assert torch.equal(network(IMAGES), expected)
+    calibrate_quantizers(network, [IMAGES], 1)
+    for quantizer in quantizers(network).values():
+        quantizer.enabled = False
+    assert torch.equal(network(IMAGES), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch
+@pytest.mark.parametrize("make", NETWORKS)
+def test_whole_network_compiles_without_a_graph_break(make):
+    network = quantized(make)
+    single = copy.deepcopy(network)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    for mode in (True, False):
+        torch.testing.assert_close(compiled.train(mode)(IMAGES), single.train(mode)(IMAGES), rtol=1e-4, atol=1e-4)
+    compiled.train()(IMAGES).square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_rounded_activations_are_computed_again_and_not_kept():
+    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))).train()
+    single = one_by_one(network)
+    found = []
+    for net in (network, single):
+        images = IMAGES.clone().requires_grad_()
+        net(images).sum().backward()
+        found.append([images.grad, *(p.grad for p in net.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    body = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 1)))
+    plain = copy.deepcopy(body)
+    x, y = (IMAGES.clone().requires_grad_() for _ in range(2))
+    torch.utils.checkpoint.checkpoint(body.eval(), x, use_reentrant=use_reentrant).sum().backward()
+    plain.eval()(y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    for ours, theirs in zip(body.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_two_layers_behind_one_quantizer_and_two_backward_passes():
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left, self.right = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 4, 1), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.left(x) + self.right(x)
+
+    network = quantized(Fork).train()
+    output = network(IMAGES).sum()
+    output.backward(retain_graph=True)
+    once = [p.grad.clone() for p in network.parameters()]
+    output.backward()
+    for first, both in zip(once, network.parameters(), strict=True):
+        torch.testing.assert_close(both.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()
