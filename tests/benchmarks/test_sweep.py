@@ -1,0 +1,15 @@
+"""The benchmark runs, at its smallest size."""
+
+from __future__ import annotations
+
+import json
+
+from .sweep import main
+
+
+def test_benchmark_prints_and_writes_the_ratios(tmp_path, capsys):
+    path = tmp_path / "sweep.json"
+    found = main(["--epochs", "1", "2", "--overrides", "debug=steps", "qat.epochs=2", "--json", str(path)])
+    assert json.loads(path.read_text()) == found
+    assert found["one run / longest"] == found["one run"] / found["longest of the separate runs"]
+    assert "separate runs" in capsys.readouterr().out
