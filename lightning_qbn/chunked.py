@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_qbn.arithmetic import wide
 
-_CHUNK = 2**16  # values
+_CHUNK = 2**17  # values
 
 
 def round_into(out: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, floor: float, ceiling: float) -> None:
@@ -37,13 +37,15 @@ def differentiate_into(
     sums = []
     for to, values, given, step, least, most in _parts(grad_x, x, grad, scale, low, high):
         values, given = values.to(wide(x.dtype)), given.to(wide(x.dtype))
-        steps = values.clamp(floor, ceiling) / step
+        steps = (values if floor == -torch.inf else values.clamp(floor, ceiling)) / step
         whole = steps.clamp(least, most)
         inside = whole.eq(steps)
         slope = torch.where(inside, whole.round_().sub(steps), whole)
-        sums.append(slope.mul_(given).sum(-1))
+        sums.append(torch.dot(slope, given) if slope.dim() == 1 else slope.mul_(given).sum(-1))
         if floor > -torch.inf:
-            inside &= values.gt(floor).logical_and_(values.lt(ceiling))
+            inside &= values.gt(floor)
+        if ceiling < torch.inf:
+            inside &= values.lt(ceiling)
         to.copy_(torch.where(inside, given, 0.0))
     return torch.stack(sums).sum(0) if x.dim() == 1 else torch.cat(sums)
 

@@ -22,7 +22,7 @@ from lightning_qbn.layers import (
 from lightning_qbn.operations import name_of
 from lightning_qbn.planning import Plan, make_plan
 from lightning_qbn.programs import Program
-from lightning_qbn.regions import divide
+from lightning_qbn.regions import Region, divide
 from lightning_qbn.rewriting import QuantizedNetwork, Rewritten, install, uninstall
 from lightning_qbn.tracing import Traced, join
 
@@ -172,12 +172,16 @@ def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> No
     """Let a network and the modules inside run their parts of its graphs, with the quantizers in them."""
     holders = {node: root.get_submodule(site.owner) for node, site in placed.items()}
     regions = divide(traced, root, holders)
+    copies: dict[fx.Node, list[tuple[str, Region]]] = {}
+    for name, parts in regions.items():
+        for region in parts.values():
+            for node in region.copies:
+                copies.setdefault(node, []).append((name, region))
     for node, site in placed.items():
         summed = only_summed(node)
-        for name, parts in regions.items():
-            for region in (region for region in parts.values() if node in region.copies):
-                path = join(region.names[holders[node]], site.attribute)
-                fuse(round_result(region.copies[node], path), root.get_submodule(name), summed)
+        for name, region in copies.get(node, ()):
+            path = join(region.names[holders[node]], site.attribute)
+            fuse(round_result(region.copies[node], path), root.get_submodule(name), summed)
         round_result(node, site.path)
     for name, parts in regions.items():
         programs = {graph: Program(part.graph, part.fixed) for graph, part in parts.items()}

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn
 from lightning_qbn.reachable import reachable
 
-_FIRST_LOOKS, _EVERY = 8, 8  # a look takes some milliseconds in a large network
+_FIRST_LOOKS, _EVERY = 8, 8  # a look takes some milliseconds in a large network,
+_MOST_LOOKS = 16  # and more in a larger one
 
 
 class StateOfPasses:
@@ -30,11 +32,17 @@ class StateOfPasses:
         self.found = any(_enters_contexts(function) for function in (forward_fn, *foreign))
         self._before = None if self.found else (self._state(), self._sums())
         self._looks = 0
+        norms = sum(isinstance(module, BatchNorm) for module in network.modules())
+        self._every = max(_EVERY, norms // _MOST_LOOKS)
 
     def look(self, last: bool = False) -> None:
         """Compare with the beginning, at the first layers, every few after them, and at the end."""
         self._looks += 1
-        if self._before is None or self.found or (self._looks > _FIRST_LOOKS and self._looks % _EVERY and not last):
+        if (
+            self._before is None
+            or self.found
+            or (self._looks > _FIRST_LOOKS and self._looks % self._every and not last)
+        ):
             return
         state, sums = self._before
         self.found = self._state() != state or (self._looks == 1 and self._sums() != sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -15,7 +16,7 @@ from lightning_qbn.layers import WeightQuantized
 from lightning_qbn.norms import why_not_removable
 from lightning_qbn.operations import hooks_of, is_norm, value_users
 from lightning_qbn.own_forward import takes_batch_norm
-from lightning_qbn.rewriting import Rewritten
+from lightning_qbn.rewriting import QuantizedNetwork, Rewritten
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _FORWARD = "; fold_batch_norms_forward can fold it into the layer behind, before quantizers are inserted"
@@ -66,6 +67,7 @@ class _Known:
         own = {child for m in self.first if not isinstance(m, (Rewritten, *_LISTS)) for child in m.children()}
         # A child of a module that runs a graph and of one that runs its own code, which may call it too.
         self.hidden = rewritten & own
+        self.read = dict(found for root in self.roots for found in _read_as_tensors(root))
 
     def why_not_alone(self, module: nn.Module, name: str) -> str | None:
         """Why a module may have other inputs than that of its one call in inference, or None."""
@@ -73,12 +75,17 @@ class _Known:
             return f"{name} is called {self.calls[module]} times"
         if module in self.hidden or module.__dict__.get("called_outside", False):
             return f"{name} is also called by code that no graph shows"
-        for root in self.roots:
-            for node in root.traced.eval.nodes:
-                owner, _, attribute = str(node.target).rpartition(".")
-                if node.op == "get_attr" and root.get_submodule(owner) is module and value_users(node):
-                    return f"forward also uses the {attribute} of {name} as a tensor"
+        if module in self.read:
+            return f"forward also uses the {self.read[module]} of {name} as a tensor"
         return None
+
+
+def _read_as_tensors(root: QuantizedNetwork) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that a graph takes an attribute of, with its name."""
+    for node in root.traced.eval.nodes:
+        if node.op == "get_attr" and value_users(node):
+            owner, _, attribute = str(node.target).rpartition(".")
+            yield root.get_submodule(owner), attribute
 
 
 def _called(root: nn.Module, graph: fx.Graph) -> list[nn.Module]:
