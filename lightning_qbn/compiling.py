@@ -75,7 +75,7 @@ def forced() -> Iterator[None]:
 
 def _compile(body: Any, tensors: tuple[Tensor, ...], numbers: tuple[Tensor, ...]) -> Callable[..., Any]:
     """The compiled body for tensors like these; a function of its own, so that torch's limit of variants is far."""
-    like, last = tensors[1], tensors[-1]
+    like, last = tensors[tensors[1].numel() == tensors[0].numel()], tensors[-1]
     modes = (torch.get_num_threads(), torch.is_inference_mode_enabled(), like.is_inference())
     key = (body.__name__, like.dim(), like.dtype, last.dtype, like.device, *modes)
     if key not in _compiled:

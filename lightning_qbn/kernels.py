@@ -21,12 +21,12 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip,
     rows = Rows.of(x, scale) if is_large(x) else None
     if rows is None:
         return rounded(x, scale, low, high, *clip).to(x.dtype)
-    out = x if overwrite else torch.empty_like(rows.dense)
-    tensors = (rows.view(out), rows.view(rows.dense), *_grid(rows, scale, low, high))
-    if overwrite:
-        run(_round_in_place, chunked.round_in_place, tensors[1:], clip)
-    else:
-        run(_round_into, chunked.round_into, tensors, clip)
+    grid = _grid(rows, scale, low, high)
+    if overwrite and rows.dense.data_ptr() == x.data_ptr():
+        run(_round_in_place, chunked.round_in_place, (rows.view(x), *grid), clip)
+        return x
+    out = torch.empty_like(rows.dense)
+    run(_round_into, chunked.round_into, (rows.view(out), rows.view(rows.dense), *grid), clip)
     return out
 
 

@@ -31,6 +31,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, scale, low, high, ctx.clip = inputs
+        ctx.made_by = _FakeQuantize
         _save(ctx, x, scale, low, high)
 
     @staticmethod
@@ -121,7 +122,7 @@ def fake_quantize(
 
 def can_be_restored(x: Tensor) -> bool:
     """Whether a tensor is a result of `fake_quantize` that `restored` can compute again, in a compiled pass."""
-    return x.grad_fn is not None and hasattr(x.grad_fn, "clip") and is_compiled(x)
+    return getattr(x.grad_fn, "made_by", None) is _FakeQuantize and is_compiled(x)
 
 
 def restored(node: Any) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qbn import compiling
-from lightning_qbn.rounding import NO_CLIP, fake_quantize
+from lightning_qbn.rounding import NO_CLIP, can_be_restored, fake_quantize
 from lightning_qbn.rows import Rows, is_dense
 
 few = settings(max_examples=25, deadline=None)
@@ -199,3 +199,33 @@ def test_rows_of_layouts():
     assert Rows.of(x, torch.ones(2, 1, 1, 1)).shape == (2, 60)
     assert Rows.of(x, torch.ones(1, 3, 1, 1)) is None  # one scale's values are not neighbours
     assert Rows.of(x.permute(1, 0, 2, 3), torch.ones(3, 1, 1, 1)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_the_input_is_taken_only_where_that_is_asked_and_possible(passes, dtype):
+    x = large(11, 8, 64, 40, 40, dtype=dtype)
+    expected = fake_quantize(x, torch.tensor(0.1), 0, 255, RELU6)
+    with torch.no_grad():
+        for wanted in (x.clone(), x.to(memory_format=torch.channels_last), torch.cat([x, x], 1)[:, :64]):
+            assert torch.equal(fake_quantize(wanted, torch.tensor(0.1), 0, 255, RELU6, overwrite=True), expected)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(fake_quantize(leaf, torch.tensor(0.1), 0, 255, RELU6, overwrite=True), expected)
+    assert torch.equal(leaf, x)
+
+
+def test_results_of_other_functions_are_not_computed_again():
+    class Clip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.clip = (0.0, 6.0)
+            ctx.save_for_backward(x)
+            return x.clamp(0, 6)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    x = large(12, 300, 300).requires_grad_()
+    assert not can_be_restored(Clip.apply(x))
+    assert not can_be_restored(x)
+    assert can_be_restored(fake_quantize(x, torch.tensor(0.1), 0, 255))
