@@ -32,8 +32,7 @@ class QuantizationConfig:
         weight_granularity: one scale per output channel, or one per weight tensor.
         activation_symmetric: signed activations with zero point 0 instead of affine unsigned ones.
         scale: ``"learned"`` trains the scale by gradient descent (LSQ, Esser et al., ICLR 2020, section 2,
-            on the logarithm of the scale as in TQT, Jain et al., MLSys 2020, section 3); that of the network's
-            own input stays as calibrated from 8 bits on, for it would take the gradient to the image;
+            on the logarithm of the scale as in TQT, Jain et al., MLSys 2020, section 3);
             ``"observed"`` follows a moving minimum and maximum.
         range_estimator: how calibration chooses the first scale.
         overrides: settings for single layers by module name pattern, such as

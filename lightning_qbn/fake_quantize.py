@@ -30,7 +30,6 @@ class FakeQuantize(nn.Module):
         learned: the scale is a Parameter (its logarithm to base 2); otherwise a buffer that follows the
             input's moving minimum and maximum in training mode.
         follow_input: observed range is that of the present input alone (weights).
-        constant: the calibrated range stays (inputs of a network); goes with ``learned=False``.
         range_estimator: how `calibrate_quantizers` chooses the first range.
     """
 
@@ -48,12 +47,11 @@ class FakeQuantize(nn.Module):
         scale_shape: tuple[int, ...] = (),
         learned: bool = True,
         follow_input: bool = False,
-        constant: bool = False,
         range_estimator: str = "mse",
     ) -> None:
         super().__init__()
         self.signed, self.narrow, self.learned, self.follow_input = signed, narrow, learned, follow_input
-        self.constant, self.range_estimator = constant, range_estimator
+        self.range_estimator = range_estimator
         self.configured_bits = bits
         self.set_bits(bits)
         # Infinity says that there is no range yet. A flag would be a buffer, and weight averaging averages those.
@@ -136,7 +134,7 @@ class FakeQuantize(nn.Module):
 
     def clip_and_round(self, x: Tensor, clip: Clip = NO_CLIP, **memory: bool) -> Tensor:
         """Round what an activation leaves of ``x``; see `fake_quantize`, also for ``memory``."""
-        if self.observing and self.training and not (self.learned or self.constant):
+        if not self.learned and self.observing and self.training:
             self._observe(x.detach(), clip)
         return fake_quantize(x, self.scale, *self._bounds(), clip, **memory)
 

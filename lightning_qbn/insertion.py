@@ -19,14 +19,11 @@ from lightning_qbn.layers import (
     restore_weight,
     weight_layers,
 )
-from lightning_qbn.operations import name_of
 from lightning_qbn.planning import Plan, make_plan
 from lightning_qbn.programs import Program
 from lightning_qbn.regions import Region, divide
 from lightning_qbn.rewriting import QuantizedNetwork, Rewritten, install, uninstall
 from lightning_qbn.tracing import Traced, join
-
-_PLENTY = 8  # bits for an input, whose range is that of the data and does not change in training
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,7 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: Plan) -> In
             placed[site.node] = site
             owner = root.get_submodule(site.owner)
             if not hasattr(owner, site.attribute):
-                is_input = len(plan.sites) == 1 and _is_input(site.node)
-                quantizer = _activation_quantizer(settings, is_input).to(device).train(owner.training)
+                quantizer = _activation_quantizer(settings).to(device).train(owner.training)
                 owner.add_module(site.attribute, quantizer)
             activations[join(name, site.path)] = settings.activation_bits
         if placed or any(join(name, path) in weights for path, _ in root.named_modules()):
@@ -189,21 +185,11 @@ def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> No
         install(root.get_submodule(name), train, evaluation, None if name else traced)
 
 
-def _activation_quantizer(settings: QuantizationConfig, is_input: bool) -> FakeQuantize:
+def _activation_quantizer(settings: QuantizationConfig) -> FakeQuantize:
     assert settings.activation_bits is not None
-    # To learn the scale of an input takes the gradient to the image, a large part of the first layer's work.
-    learned = settings.scale == "learned"
-    constant = learned and is_input and settings.activation_bits >= _PLENTY
     return FakeQuantize(
         settings.activation_bits,
         signed=settings.activation_symmetric,
-        learned=learned and not constant,
-        constant=constant,
+        learned=settings.scale == "learned",
         range_estimator=settings.range_estimator,
     )
-
-
-def _is_input(node: fx.Node) -> bool:
-    """Whether a node is an argument of the network, or a part of one."""
-    part = name_of(node) == "getitem" and node.all_input_nodes[0].op == "placeholder"
-    return node.op == "placeholder" or part

@@ -53,11 +53,7 @@ def _not_learned(network: nn.Module) -> dict[str, FakeQuantize]:
     """Calibrated quantizers of activations whose range is not a parameter."""
     of_weights = {join(name, "weight_quantizer") for name in weight_layers(network)}
     found = quantizers(network).items()
-    return {
-        n: q
-        for n, q in found
-        if n not in of_weights and not (q.learned or q.constant) and q.is_calibrated and q.enabled
-    }
+    return {n: q for n, q in found if n not in of_weights and not q.learned and q.is_calibrated and q.enabled}
 
 
 def _choose_ranges(

@@ -850,17 +850,3 @@ def test_reports_of_pickled_state(network, batches):
     other = randomise_batch_norms(copy.deepcopy(network))
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(batches[0]), network(batches[0]))
-
-
-@pytest.mark.parametrize(("bits", "learned"), [(8, False), (10, False), (4, True)])
-def test_scale_of_the_input_is_learned_only_below_8_bits(bits, learned):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    insert_quantizers(network, QuantizationConfig(4, bits))
-    calibrate_quantizers(network, [torch.randn(4, 3, 8, 8)], 1)
-    quantizer = network[0].input_quantizer
-    assert isinstance(quantizer.log2_scale, nn.Parameter) == learned
-    before = quantizer.scale.clone()
-    network.train()(10 * torch.randn(4, 3, 8, 8)).sum().backward()
-    assert (quantizer.log2_scale.grad is not None) == learned
-    assert torch.equal(quantizer.scale, before)  # it follows no moving range either
-    assert network[1].output_quantizer.log2_scale.grad is not None
