@@ -8,11 +8,12 @@ from torch import Tensor, fx, nn
 
 from lightning_qbn.convolution import WEIGHT_LAYERS, has_own_forward
 from lightning_qbn.fake_quantize import FakeQuantize
+from lightning_qbn.kernels import Clip
 from lightning_qbn.operations import is_hooked, name_of, runs
+from lightning_qbn.rounding import NO_CLIP
 
-_MODULES: dict[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
+_MODULES: dict[type[nn.Module], Clip] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
 _FUNCTIONS = {"relu": (0.0, torch.inf), "relu_": (0.0, torch.inf), "relu6": (0.0, 6.0)}
-_NO_CLIP = (-torch.inf, torch.inf)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = {"add", "iadd", "add_", "sub", "rsub", "isub", "sub_"}
 _FRESH = {"add", "sub", "rsub", "mul", "cat"}  # give memory of their own, which nobody else has yet
@@ -41,11 +42,11 @@ def activate(
     return quantizer.clip_and_round(x, clip, overwrite=overwrite, save_residual=summed and activation is None)
 
 
-def _clip_of(activation: nn.Module | str | None) -> tuple[float, float] | None:
+def _clip_of(activation: nn.Module | str | None) -> Clip | None:
     if isinstance(activation, nn.Module):
         own = is_hooked(activation) or "forward" in vars(activation)
         return None if own else _MODULES.get(type(activation))
-    return _NO_CLIP if activation is None else _FUNCTIONS[activation]
+    return NO_CLIP if activation is None else _FUNCTIONS[activation]
 
 
 def _activated(x: Tensor, activation: nn.Module | str | None) -> Tensor:

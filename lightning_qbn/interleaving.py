@@ -14,8 +14,8 @@ from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn
 from lightning_qbn.reachable import reachable
 
-_FIRST_LOOKS, _EVERY = 8, 8  # a look takes some milliseconds in a large network,
-_MOST_LOOKS = 16  # and more in a larger one
+_FIRST_LOOKS, _EVERY = 8, 8  # a look goes through the whole network
+_LATER_LOOKS = 16  # at most, or a pass would take time with the square of the number of layers
 
 
 class StateOfPasses:
@@ -33,7 +33,7 @@ class StateOfPasses:
         self._before = None if self.found else (self._state(), self._sums())
         self._looks = 0
         norms = sum(isinstance(module, BatchNorm) for module in network.modules())
-        self._every = max(_EVERY, norms // _MOST_LOOKS)
+        self._every = max(_EVERY, norms // _LATER_LOOKS)
 
     def look(self, last: bool = False) -> None:
         """Compare with the beginning, at the first layers, every few after them, and at the end."""

@@ -5,6 +5,8 @@ ATen's own fake-quantize operators are not vectorised on CPUs, and no compiler c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,35 +44,39 @@ def round_and_keep_residual(x: Tensor, scale: Tensor, low: Bound, high: Bound) -
 
 def differentiate(grad: Tensor, x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip) -> tuple[Tensor, Tensor]:
     """`arithmetic.gradients` in the dtype and the memory layout of ``x``, and summed to the shape of ``scale``."""
-    rows = Rows.of(x, scale) if is_large(x) else None
+    # Where a gradient of the gradient is wanted, autograd has to see the operations.
+    rows = Rows.of(x, scale) if is_large(x) and not torch.is_grad_enabled() else None
     if rows is None:
         grad_x, to_scale = gradients(grad, x, scale, low, high, *clip)
         return grad_x.to(x.dtype), to_scale.sum_to_size(scale.shape).to(scale.dtype)
-    grad_x, grad = torch.empty_like(rows.dense), _alike(grad, rows.dense)
-    tensors = (rows.view(grad_x), rows.view(rows.dense), rows.view(grad), *_grid(rows, scale, low, high))
-    to_scale = run(_differentiate_into, chunked.differentiate_into, tensors, clip)
-    return grad_x, to_scale.reshape(scale.shape).to(scale.dtype)
+    return _differentiate(_differentiate_into, chunked.differentiate_into, grad, rows, (scale, low, high), clip)
 
 
 def differentiate_residual(grad: Tensor, kept: Tensor, scale: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
     """As `differentiate`, from what `round_and_keep_residual` kept."""
-    rows = Rows.of(kept, scale)
-    assert rows is not None
-    grad = _alike(grad, kept)
+    rows = None if torch.is_grad_enabled() else Rows.of(kept, scale)
+    if rows is None:
+        grad_x, to_scale = gradients_of_residual(grad, kept, scale, low, high)
+        return grad_x, to_scale.sum_to_size(scale.shape)
+    body = _differentiate_residual_into
+    return _differentiate(body, body, grad, rows, (scale, low, high), ())
+
+
+def _differentiate(
+    body: Any, plain: Any, grad: Tensor, rows: Rows, grid: tuple[Tensor, Bound, Bound], clip: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients by a body that writes the first and returns the second, one for each row."""
+    kept = rows.dense
+    if grad.stride() != kept.stride():
+        grad = torch.empty_like(kept, dtype=grad.dtype).copy_(grad)
     grad_x = torch.empty_like(grad)
-    tensors = (rows.view(grad_x), rows.view(kept), rows.view(grad), *_grid(rows, scale, low, high))
-    to_scale = run(_differentiate_residual_into, _differentiate_residual_into, tensors, ())
-    return grad_x, to_scale.reshape(scale.shape).to(scale.dtype)
+    to_scale = run(body, plain, (rows.view(grad_x), rows.view(kept), rows.view(grad), *_grid(rows, *grid)), clip)
+    return grad_x, to_scale.reshape(grid[0].shape).to(grid[0].dtype)
 
 
 def _grid(rows: Rows, scale: Tensor, low: Bound, high: Bound) -> list[Tensor]:
     bounds = (low, high) if isinstance(low, Tensor) else as_tensors((low, high), scale.device)
     return rows.grid(scale, *bounds)
-
-
-def _alike(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the memory layout of what it belongs to."""
-    return grad if grad.stride() == x.stride() else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
 
 
 def _round_into(out: Tensor, x: Tensor, *grid: Tensor) -> None:

@@ -20,7 +20,7 @@ def without_copy(rounded: Tensor) -> AbstractContextManager[Any]:
 
     Does nothing for other tensors, and where to round again would take longer than a pass over the memory.
     """
-    if torch.compiler.is_compiling() or not can_be_restored(rounded):
+    if not can_be_restored(rounded):
         return nullcontext()
     node, memory, shape, stride = rounded.grad_fn, rounded.data_ptr(), rounded.shape, rounded.stride()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qbn.arithmetic import Bound, gradients, gradients_of_residual, rounded
+from lightning_qbn.arithmetic import Bound
 from lightning_qbn.compiling import is_compiled
 from lightning_qbn.kernels import (
     Clip,
@@ -26,7 +26,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip) -> Tensor:
-        return _round(x, scale, low, high, clip)
+        return round_to_grid(x, scale, low, high, clip)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,11 +38,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, low, high = _saved(ctx)
         ctx.read = None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            to_x, to_scale = gradients(grads[0], x, scale, low, high, *ctx.clip)
-            to_x, to_scale = to_x.to(x.dtype), to_scale.sum_to_size(scale.shape).to(scale.dtype)
-        else:
-            to_x, to_scale = differentiate(grads[0], x, scale, low, high, ctx.clip)
+        to_x, to_scale = differentiate(grads[0], x, scale, low, high, ctx.clip)
         return to_x, to_scale, None, None, None
 
 
@@ -66,11 +62,7 @@ class _FakeQuantizeResidual(torch.autograd.Function):
             return None, None, None, None
         kept, scale, low, high = _saved(ctx)
         ctx.read = None
-        if torch.is_grad_enabled():
-            to_x, to_scale = gradients_of_residual(grads[0], kept, scale, low, high)
-            to_scale = to_scale.sum_to_size(scale.shape)
-        else:
-            to_x, to_scale = differentiate_residual(grads[0], kept, scale, low, high)
+        to_x, to_scale = differentiate_residual(grads[0], kept, scale, low, high)
         return to_x, to_scale, None, None
 
 
@@ -111,7 +103,7 @@ def fake_quantize(
     tensor([ 0.5000,  0.5000, -0.5000])
     """
     if not torch.is_grad_enabled():
-        return _round(x, scale, low, high, clip, overwrite)
+        return round_to_grid(x, scale, low, high, clip, overwrite)
     if save_residual and x.requires_grad and x.dtype == torch.float32 and scale.dim() == 0 and is_compiled(x):
         result, _ = _FakeQuantizeResidual.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
     else:
@@ -122,7 +114,7 @@ def fake_quantize(
 
 def can_be_restored(x: Tensor) -> bool:
     """Whether a tensor is a result of `fake_quantize` that `restored` can compute again, in a compiled pass."""
-    return getattr(x.grad_fn, "made_by", None) is _FakeQuantize and is_compiled(x)
+    return is_compiled(x) and getattr(x.grad_fn, "made_by", None) is _FakeQuantize
 
 
 def restored(node: Any) -> Tensor:
@@ -130,12 +122,6 @@ def restored(node: Any) -> Tensor:
     with torch.no_grad():
         x, scale, low, high = _saved(node)
         return round_to_grid(x, scale, low, high, node.clip)
-
-
-def _round(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip, overwrite: bool = False) -> Tensor:
-    if torch.compiler.is_compiling():
-        return rounded(x, scale, low, high, *clip).to(x.dtype)
-    return round_to_grid(x, scale, low, high, clip, overwrite)
 
 
 def _save(ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> None:

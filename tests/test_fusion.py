@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lightning_qbn import QuantizationConfig, calibrate_quantizers, insert_quantizers
+from lightning_qbn import QuantizationConfig, calibrate_quantizers, compiling, insert_quantizers
 from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.fake_quantize import quantizers
 
@@ -146,16 +146,61 @@ def test_whole_network_compiles_without_a_graph_break(make):
     assert all(p.grad is not None for p in network.parameters())
 
 
-def test_rounded_activations_are_computed_again_and_not_kept():
-    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))).train()
-    single = one_by_one(network)
-    found = []
-    for net in (network, single):
-        images = IMAGES.clone().requires_grad_()
-        net(images).sum().backward()
-        found.append([images.grad, *(p.grad for p in net.parameters())])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+def kept_by(network, layer):
+    """Places of the tensors that a training pass keeps, their types, and the place of a layer's input."""
+    kept, inputs = {}, []
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.dtype
+        return tensor
+
+    handle = layer.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0])
+    )  # alive: no other tensor takes its place
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network.train()(IMAGES)
+    handle.remove()
+    output.square().mean().backward()
+    return kept, inputs[0].data_ptr()
+
+
+@pytest.mark.parametrize(("make", "layer"), [(MobileNet, "blocks.0.project.0"), (ResNet, "blocks.0.second.0")])
+def test_rounded_activations_are_computed_again_and_not_kept(make, layer, monkeypatch):
+    network = quantized(make)
+    plain = copy.deepcopy(network)
+    kept, place = kept_by(network, network.get_submodule(layer))
+    assert place not in kept
+    monkeypatch.setattr(compiling, "_without_compiler", {"cpu"})
+    kept, place = kept_by(plain, plain.get_submodule(layer))
+    assert place in kept
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_is_kept_where_only_sums_follow():
+    network = quantized(ResNet)
+    kept, _ = kept_by(network, network.head)
+    assert torch.float16 in kept.values()
+    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1)))
+    kept, _ = kept_by(network, network[2])
+    assert torch.float16 not in kept.values()
+
+
+def test_evaluation_takes_the_memory_of_the_batch_norm():
+    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 1)))
+    places = []
+    network[0].register_forward_hook(lambda module, args, output: places.append(output.data_ptr()))
+    network[3].register_forward_pre_hook(lambda module, args: places.append(args[0].data_ptr()))
+    original, made = torch.nn.functional.batch_norm, []
+
+    def batch_norm(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "batch_norm", batch_norm)
+        network.eval()(IMAGES)
+    assert made[0].data_ptr() == places[1] != places[0]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

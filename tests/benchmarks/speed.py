@@ -10,10 +10,8 @@ import argparse
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,46 +35,39 @@ from .timing import interleaved
 Call = Callable[[], object]
 
 
-def step_of(network: nn.Module, x: Tensor, labels: Tensor, run: Any = None) -> Call:
+def step_of(network: nn.Module, x: Tensor, labels: Tensor) -> Call:
     """A training step by SGD, at a learning rate of 0: all the work, and nothing drifts while it is timed."""
-    optimizer, run = torch.optim.SGD(network.parameters(), 0.0), run or network
+    optimizer = torch.optim.SGD(network.parameters(), 0.0)
 
     def step() -> None:
         network.train()
         optimizer.zero_grad()
-        nn.functional.cross_entropy(run(x), labels).backward()
+        nn.functional.cross_entropy(network(x), labels).backward()
         optimizer.step()
 
     return step
 
 
-def evaluation_of(network: nn.Module, x: Tensor, run: Any = None) -> Call:
+def evaluation_of(network: nn.Module, x: Tensor) -> Call:
     """An evaluation batch."""
 
     def evaluate() -> None:
         network.eval()
         with torch.no_grad():
-            (run or network)(x)
+            network(x)
 
     return evaluate
 
 
-@contextmanager
-def without_compiler(device: str = "cpu") -> Iterator[None]:
-    """Plain operations, as where there is no compiler."""
-    compiling._without_compiler.add(device)
-    try:
-        yield
-    finally:
-        compiling._without_compiler.discard(device)
-
-
 def plainly(call: Call) -> Call:
-    """The call without compiled passes."""
+    """The call in plain operations, as where there is no compiler."""
 
     def run() -> None:
-        with without_compiler():
+        compiling._without_compiler.add("cpu")
+        try:
             call()
+        finally:
+            compiling._without_compiler.discard("cpu")
 
     return run
 
@@ -105,7 +96,7 @@ def measure(
     ours = copy.deepcopy(network)
     insert_quantizers(ours, QuantizationConfig(4, 8))
     calibrate_quantizers(ours, [x], 1)
-    others = {"float": network, "ours": ours, "ATen kernels": on_aten(ours), **installed_peers(network, x)}
+    others = {"float": network, "ours": ours, "ATen kernels": on_aten(ours), **installed_peers(network)}
     steps = {key: step_of(net, x, labels) for key, net in others.items()}
     steps["ours, no compiler"] = plainly(steps["ours"])
     evaluations = {key: evaluation_of(net, x) for key, net in others.items()}
