@@ -18,6 +18,9 @@ from torch import Tensor
 
 Bound: TypeAlias = Any  # Tensor | float, which no overload of Tensor.clamp takes
 
+_PARTS = 250.0  # of a step, in 8 bits: -125 to 125
+_BELOW, _ABOVE = -127.0, 127.0
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type to round in."""
@@ -57,21 +60,43 @@ def _is_open(floor: Bound) -> bool:
     return not isinstance(floor, Tensor) and bool(floor == -torch.inf)
 
 
-def residual(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
-    """`rounded`, and ``round(v) - v`` for each value inside the range, -infinity below it and infinity above.
+def encoded(x: Tensor, scale: Tensor, low: Bound, high: Bound, floor: Bound, ceiling: Bound) -> tuple[Tensor, Tensor]:
+    """`rounded`, and for each value a whole number of 8 bits that is all that its gradients need.
 
-    That is all that the gradients need. In half precision it is right to 2**-13 of a step.
+    Where a gradient passes it is ``round(v) - v`` in parts of a step, right to 1/500 of a step; otherwise it says
+    at which end the value lies.
     """
-    steps = x.to(wide(x.dtype)) / scale
+    values = x.to(wide(x.dtype))
+    steps = _cut_off(values, floor, ceiling) / scale
     whole = steps.round().clamp(low, high)
-    outside = torch.where(steps < low, -torch.inf, torch.inf)
-    return whole * scale, torch.where((steps >= low) & (steps <= high), whole - steps, outside)
+    below, above = steps < low, steps > high
+    if not _is_open(floor):
+        below, above = below | (values <= floor), above | (values >= ceiling)
+    parts = ((whole - steps) * _PARTS).round()
+    return whole * scale, torch.where(below, _BELOW, torch.where(above, _ABOVE, parts))
 
 
-def gradients_of_residual(grad: Tensor, rest: Tensor, scale: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
-    """`gradients`, from the second result of `residual`."""
-    rest = rest.to(wide(grad.dtype))
-    grad = grad.to(rest.dtype)
-    inside = rest.abs() <= 0.5
-    slope = torch.where(inside, rest, torch.where(rest < 0, low, high))
-    return torch.where(inside, grad, 0.0), grad * slope
+def gradients_of_codes(grad: Tensor, codes: Tensor, at_low: Bound, at_high: Bound) -> tuple[Tensor, Tensor]:
+    """`gradients`, from the second result of `encoded` and from `slopes`."""
+    codes = codes.to(wide(grad.dtype))
+    grad = grad.to(codes.dtype)
+    passes = codes.abs() <= _PARTS / 2
+    slope = torch.where(passes, codes * (1 / _PARTS), torch.where(codes < 0, at_low, at_high))
+    return torch.where(passes, grad, 0.0), grad * slope
+
+
+def slopes(scale: Tensor, low: Bound, high: Bound, floor: float, ceiling: float) -> tuple[Bound, Bound]:
+    """By what `gradients` multiplies the gradient for the scale at the lower and at the upper end.
+
+    With an activation, values end where it cuts them off, or before that where the range ends.
+    """
+    return _slope(floor, scale, low, high, low), _slope(ceiling, scale, low, high, high)
+
+
+def _slope(end: float, scale: Tensor, low: Bound, high: Bound, bound: Bound) -> Bound:
+    if abs(end) == torch.inf:
+        return bound
+    if end == 0:
+        return 0.0  # an integer of every range
+    steps = end / scale
+    return torch.where((steps >= low) & (steps <= high), steps.round() - steps, bound)

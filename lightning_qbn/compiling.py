@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_qbn.errors import QuantizationWarning
 
-SMALLEST = 2**16  # values of a tensor for which a compiled pass is worth its start, some 20 microseconds
+SMALLEST = 2**15  # values of a tensor for which a compiled pass is worth its start, some 20 microseconds
 _TYPICAL = (2**13 - 1) * 2**10  # values of the tensors that a pass is compiled with
 _ROWS = 2**10  # of them, where it works on rows
 _compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
@@ -47,6 +47,8 @@ def run(body: Any, plain: Callable[..., Any], tensors: tuple[Tensor, ...], const
         try:
             with torch.compiler.set_stance("default") if _forced[0] else nullcontext():
                 numbers = as_tensors(constants, device)
+                # A compiler would make code for the shapes of what a view is a part of, too.
+                tensors = tuple(tensor.detach() for tensor in tensors)
                 return _compile(body, tensors, numbers)(*tensors, *numbers)
         except torch.OutOfMemoryError:
             raise
@@ -75,9 +77,9 @@ def forced() -> Iterator[None]:
 
 def _compile(body: Any, tensors: tuple[Tensor, ...], numbers: tuple[Tensor, ...]) -> Callable[..., Any]:
     """The compiled body for tensors like these; a function of its own, so that torch's limit of variants is far."""
-    like, last = tensors[tensors[1].numel() == tensors[0].numel()], tensors[-1]
+    like, dtypes = tensors[tensors[1].numel() == tensors[0].numel()], tuple(tensor.dtype for tensor in tensors)
     modes = (torch.get_num_threads(), torch.is_inference_mode_enabled(), like.is_inference())
-    key = (body.__name__, like.dim(), like.dtype, last.dtype, like.device, *modes)
+    key = (body.__name__, like.dim(), *dtypes, like.device, *modes)
     if key not in _compiled:
         name = "_".join(str(part).replace("torch.", "") for part in key)
         copied = FunctionType(body.__code__.replace(co_name=name), body.__globals__, name)

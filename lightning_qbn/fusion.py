@@ -15,13 +15,10 @@ from lightning_qbn.rounding import NO_CLIP
 _MODULES: dict[type[nn.Module], Clip] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
 _FUNCTIONS = {"relu": (0.0, torch.inf), "relu_": (0.0, torch.inf), "relu6": (0.0, 6.0)}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SUMS = {"add", "iadd", "add_", "sub", "rsub", "isub", "sub_"}
-_FRESH = {"add", "sub", "rsub", "mul", "cat"}  # give memory of their own, which nobody else has yet
+_FRESH = {"add", "sub", "rsub", "mul", "cat"}  # give memory of their own, which nobody else has or keeps
 
 
-def activate(
-    x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module, source: nn.Module | bool, summed: bool
-) -> Tensor:
+def activate(x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module, source: nn.Module | bool) -> Tensor:
     """``quantizer(activation(x))``; in one pass where nobody can see a difference.
 
     That is decided at every call: until there is a range, or while hooks watch, each module runs for itself.
@@ -32,14 +29,13 @@ def activate(
         quantizer: behind it.
         source: the module that made ``x``, or True for an operation that did, if nobody else uses ``x``: its memory
             may be taken. Otherwise False.
-        summed: only sums take the result: they do not keep it for their gradients.
     """
     clip = _clip_of(activation)
     if clip is None or not isinstance(quantizer, FakeQuantize) or is_hooked(quantizer) or not quantizer.rounds(x):
         rounded: Tensor = quantizer(_activated(x, activation))
         return rounded
-    overwrite = not torch.is_grad_enabled() and (_makes_memory(source) if isinstance(source, nn.Module) else source)
-    return quantizer.clip_and_round(x, clip, overwrite=overwrite, save_residual=summed and activation is None)
+    overwrite = _makes_memory(source) if isinstance(source, nn.Module) else source
+    return quantizer.clip_and_round(x, clip, overwrite=overwrite, compact=True)
 
 
 def _clip_of(activation: nn.Module | str | None) -> Clip | None:
@@ -66,18 +62,12 @@ def round_result(node: fx.Node, quantizer: str) -> fx.Node:
     return rounded
 
 
-def only_summed(node: fx.Node) -> bool:
-    """Whether only sums take the result of a node."""
-    return all(name_of(user) in _SUMS for user in node.users)
-
-
-def fuse(rounded: fx.Node, owner: nn.Module, summed: bool) -> None:
+def fuse(rounded: fx.Node, owner: nn.Module) -> None:
     """Replace the call of a quantizer, and of the activation before it, by one of `activate`.
 
     Args:
         rounded: in a graph that nobody reads for its layers any more.
         owner: module that runs the graph.
-        summed: see `activate`; the whole network knows, not this part of it.
     """
     last = rounded.all_input_nodes[0]
     source = last.all_input_nodes[0] if last.all_input_nodes else last
@@ -91,7 +81,7 @@ def fuse(rounded: fx.Node, owner: nn.Module, summed: bool) -> None:
         how: fx.Node | str | None = None
         if whole:
             how = graph.get_attr(str(last.target)) if last.op == "call_module" else name_of(last)
-        call = graph.call_function(activate, (source, how, graph.get_attr(str(rounded.target)), made, summed))
+        call = graph.call_function(activate, (source, how, graph.get_attr(str(rounded.target)), made))
     rounded.replace_all_uses_with(call)
     graph.erase_node(rounded)
     if whole:

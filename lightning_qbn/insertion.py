@@ -10,7 +10,7 @@ from torch import fx, nn
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
-from lightning_qbn.fusion import fuse, only_summed, round_result
+from lightning_qbn.fusion import fuse, round_result
 from lightning_qbn.graph import Site
 from lightning_qbn.layers import (
     IntegerWeight,
@@ -174,10 +174,9 @@ def _rewrite(root: nn.Module, traced: Traced, placed: dict[fx.Node, Site]) -> No
             for node in region.copies:
                 copies.setdefault(node, []).append((name, region))
     for node, site in placed.items():
-        summed = only_summed(node)
         for name, region in copies.get(node, ()):
             path = join(region.names[holders[node]], site.attribute)
-            fuse(round_result(region.copies[node], path), root.get_submodule(name), summed)
+            fuse(round_result(region.copies[node], path), root.get_submodule(name))
         round_result(node, site.path)
     for name, parts in regions.items():
         programs = {graph: Program(part.graph, part.fixed) for graph, part in parts.items()}

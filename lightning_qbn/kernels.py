@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_qbn import chunked
-from lightning_qbn.arithmetic import Bound, gradients, gradients_of_residual, residual, rounded
+from lightning_qbn.arithmetic import Bound, encoded, gradients, gradients_of_codes, rounded, slopes
 from lightning_qbn.compiling import as_tensors, is_large, run
 from lightning_qbn.rows import Rows
 
@@ -32,14 +32,19 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip,
     return out
 
 
-def round_and_keep_residual(x: Tensor, scale: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
-    """The rounded values, and what `differentiate_residual` needs, in half the memory of ``x``."""
+def round_and_encode(
+    x: Tensor, codes: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip, overwrite: bool
+) -> Tensor:
+    """As `round_to_grid` of a large tensor with one scale; what `differentiate_codes` needs is left in ``codes``."""
     rows = Rows.of(x, scale)
     assert rows is not None
-    out, kept = torch.empty_like(rows.dense), torch.empty_like(rows.dense, dtype=torch.float16)
-    tensors = (rows.view(out), rows.view(rows.dense), rows.view(kept), *_grid(rows, scale, low, high))
-    run(_round_and_keep, _round_and_keep, tensors, ())
-    return out, kept
+    grid = _grid(rows, scale, low, high)
+    if overwrite:
+        run(_encode_in_place, _encode_in_place, (rows.view(rows.dense), rows.view(codes), *grid), clip)
+        return x
+    out = torch.empty_like(rows.dense)
+    run(_encode_into, _encode_into, (rows.view(out), rows.view(rows.dense), rows.view(codes), *grid), clip)
+    return out
 
 
 def differentiate(grad: Tensor, x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip) -> tuple[Tensor, Tensor]:
@@ -52,14 +57,16 @@ def differentiate(grad: Tensor, x: Tensor, scale: Tensor, low: Bound, high: Boun
     return _differentiate(_differentiate_into, chunked.differentiate_into, grad, rows, (scale, low, high), clip)
 
 
-def differentiate_residual(grad: Tensor, kept: Tensor, scale: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
-    """As `differentiate`, from what `round_and_keep_residual` kept."""
-    rows = None if torch.is_grad_enabled() else Rows.of(kept, scale)
+def differentiate_codes(
+    grad: Tensor, codes: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """As `differentiate`, from what `round_and_encode` left."""
+    ends = slopes(scale, low, high, *clip)
+    rows = None if torch.is_grad_enabled() else Rows.of(codes, scale)
     if rows is None:
-        grad_x, to_scale = gradients_of_residual(grad, kept, scale, low, high)
-        return grad_x, to_scale.sum_to_size(scale.shape)
-    body = _differentiate_residual_into
-    return _differentiate(body, body, grad, rows, (scale, low, high), ())
+        grad_x, to_scale = gradients_of_codes(grad, codes, *ends)
+        return grad_x.to(grad.dtype), to_scale.sum_to_size(scale.shape).to(scale.dtype)
+    return _differentiate(_decode_into, _decode_into, grad, rows, (scale, *ends), ())
 
 
 def _differentiate(
@@ -75,7 +82,7 @@ def _differentiate(
 
 
 def _grid(rows: Rows, scale: Tensor, low: Bound, high: Bound) -> list[Tensor]:
-    bounds = (low, high) if isinstance(low, Tensor) else as_tensors((low, high), scale.device)
+    bounds = (b if isinstance(b, Tensor) else as_tensors((b,), scale.device)[0] for b in (low, high))
     return rows.grid(scale, *bounds)
 
 
@@ -87,10 +94,14 @@ def _round_in_place(x: Tensor, *grid: Tensor) -> None:
     x.copy_(rounded(x, *grid))
 
 
-def _round_and_keep(out: Tensor, x: Tensor, kept: Tensor, *grid: Tensor) -> None:
-    whole, rest = residual(x, *grid)
+def _encode_into(out: Tensor, x: Tensor, codes: Tensor, *grid: Tensor) -> None:
+    whole, found = encoded(x, *grid)
     out.copy_(whole)
-    kept.copy_(rest)
+    codes.copy_(found)
+
+
+def _encode_in_place(x: Tensor, codes: Tensor, *grid: Tensor) -> None:
+    _encode_into(x, x, codes, *grid)
 
 
 def _differentiate_into(grad_x: Tensor, x: Tensor, grad: Tensor, *grid: Tensor) -> Tensor:
@@ -99,7 +110,7 @@ def _differentiate_into(grad_x: Tensor, x: Tensor, grad: Tensor, *grid: Tensor) 
     return to_scale.sum(-1)
 
 
-def _differentiate_residual_into(grad_x: Tensor, kept: Tensor, grad: Tensor, *grid: Tensor) -> Tensor:
-    to_x, to_scale = gradients_of_residual(grad, kept, *grid)
+def _decode_into(grad_x: Tensor, codes: Tensor, grad: Tensor, scale: Tensor, *ends: Tensor) -> Tensor:
+    to_x, to_scale = gradients_of_codes(grad, codes, *ends)
     grad_x.copy_(to_x)
     return to_scale.sum(-1)

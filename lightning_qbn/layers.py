@@ -26,7 +26,6 @@ from lightning_qbn.convolution import (
 from lightning_qbn.errors import FoldingError
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.own_forward import why_weight_is_not_convolved
-from lightning_qbn.recomputing import without_copy
 from lightning_qbn.state_dicts import refuse_folded, refuse_unfolded
 
 
@@ -55,8 +54,7 @@ class WeightQuantized(nn.Module):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The layer's own forward with the rounded weight."""
         layer = cast(WeightLayer, self)
-        with without_copy(input):
-            return apply_weight(layer, input, self.quantized_weight(), layer.bias, output_size)
+        return apply_weight(layer, input, self.quantized_weight(), layer.bias, output_size)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the float class: the quantized one is made at run time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 # The common base of all batch-norms, SyncBatchNorm and what Lightning makes of it afterwards: it has no public name.
@@ -137,9 +138,9 @@ def hooks_of(module: nn.Module, before: bool) -> list[Any]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks run before or after a module's forward or backward."""
+    """Whether hooks run before or after a module's forward or backward, its own ones or those for all modules."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def name_of(node: fx.Node) -> str:

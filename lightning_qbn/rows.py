@@ -40,7 +40,6 @@ class Rows:
     def grid(self, *parameters: Tensor) -> list[Tensor]:
         """Scale and bounds, so that they broadcast against the rows."""
         shape = () if len(self.shape) == 1 else (self.shape[0], 1)
-        parameters = tuple(parameter.detach() for parameter in parameters)
         return [p.reshape(shape) if p.numel() > 1 or not shape else p.reshape(1, 1).expand(shape) for p in parameters]
 
 

@@ -9,7 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_qbn.compiling import is_compiled, run
+
 _CHUNK = 2**17  # values that stay in a processor's cache while they are read twice
+_LONGEST_SUM = 2**11  # values that are summed in float32
 
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -24,15 +27,37 @@ def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     if x.device.type != "cpu":
         variance, mean = torch.var_mean(values.to(wide), (0, 2), correction=0)
         return count, mean.double(), variance.double() * count
-    # torch's var_mean is not vectorised on CPUs: this takes a tenth of its time.
-    around = values.mean((0, 2), dtype=wide)
+    # The mean of every eighth image is near enough: it is within 2.7 standard deviations of the mean of all, whatever
+    # the images are, so that three bits are lost at most when the rest is taken off below.
+    around = values[::8].mean((0, 2), dtype=wide)
+    sums = _sums(values, around)
+    rest = sums[0] / count
+    return count, around.double() + rest, (sums[1] - count * rest.square()).clamp_(min=0)
+
+
+def _sums(values: Tensor, around: Tensor) -> Tensor:
+    """Sums of deviations and of their squares, float64, of shape (2, channels).
+
+    torch's var_mean takes ten times as long.
+    """
+    if is_compiled(values) and values.is_contiguous() and values.shape[2] > 1:
+        (images, channels, columns), parts = values.shape, 1
+        while columns > _LONGEST_SUM and columns % 2 == 0:
+            columns, parts = columns // 2, parts * 2
+        rows = (values.view(-1, columns), around.repeat_interleave(parts).repeat(images)[:, None])
+        found = torch.stack(run(_sums_of_rows, _sums_of_rows, rows, ()))
+        return found.view(2, images, channels, parts).sum((1, 3), dtype=torch.float64)
     sums = torch.zeros(2, len(around), dtype=torch.float64)
     for part in torch.split(values, max(1, _CHUNK // max(1, values.shape[1] * values.shape[2]))):
-        deviation = part.to(wide) - around[:, None]
+        deviation = part.to(around.dtype) - around[:, None]
         sums[0] += deviation.sum((0, 2))
         sums[1] += deviation.square_().sum((0, 2))
-    rest = sums[0] / count  # what the rounding of `around` left
-    return count, around.double() + rest, (sums[1] - count * rest.square()).clamp_(min=0)
+    return sums
+
+
+def _sums_of_rows(x: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
+    deviation = x.to(around.dtype) - around
+    return deviation.sum(1), deviation.square().sum(1)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lightning_qbn import QuantizationConfig, calibrate_quantizers, compiling, insert_quantizers
+from lightning_qbn import QuantizationConfig, calibrate_quantizers, insert_quantizers
 from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.fake_quantize import quantizers
 
@@ -70,8 +70,11 @@ def test_training_and_evaluation_are_those_of_single_calls(make, scale, symmetri
         network.train()
         network(IMAGES).square().mean().backward()
     for (name, ours), theirs in zip(fused.named_parameters(), single.parameters(), strict=True):
-        # Scales behind which only sums stand keep half precision for their gradient.
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+        # A byte a value is kept for the gradient of a scale.
+        rtol, atol = (0.02, 1e-3) if name.endswith("scale") else (1e-4, 1e-6)
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for (name, ours), theirs in zip(fused.named_buffers(), single.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -101,6 +104,24 @@ def test_outputs_that_hooks_keep_are_not_written_over():
     with torch.no_grad():
         network(IMAGES)
     assert torch.equal(*kept[0])
+
+
+def test_hooks_for_all_modules_see_every_module():
+    network = quantized(PreActivation).train()  # torch itself has no such hooks where a ReLU works in place
+    expected = network(IMAGES)
+    seen, gradients = [], []
+    hooks = [
+        nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append((module, output))),
+        nn.modules.module.register_module_full_backward_hook(lambda module, *grads: gradients.append(module)),
+    ]
+    try:
+        network(IMAGES.clone().requires_grad_()).sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(seen[-1][1], expected)
+    assert next(output.min() for module, output in seen if module is network.relu) >= 0
+    assert network.relu in gradients
 
 
 def test_input_of_the_caller_is_not_written_over():
@@ -146,47 +167,32 @@ def test_whole_network_compiles_without_a_graph_break(make):
     assert all(p.grad is not None for p in network.parameters())
 
 
-def kept_by(network, layer):
-    """Places of the tensors that a training pass keeps, their types, and the place of a layer's input."""
-    kept, inputs = {}, []
+@pytest.mark.parametrize("make", [MobileNet, ResNet])
+def test_training_keeps_a_byte_for_each_value_that_is_rounded(make):
+    """Beside what layers keep of their inputs in any case."""
+    network = quantized(make).train()
+    kept = {}
 
     def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.dtype
+        kept[tensor.data_ptr()] = tensor
         return tensor
 
-    handle = layer.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0])
-    )  # alive: no other tensor takes its place
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network.train()(IMAGES)
-    handle.remove()
-    output.square().mean().backward()
-    return kept, inputs[0].data_ptr()
+    def bytes_of_a_pass():
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(IMAGES).square().mean().backward()
+        return sum(tensor.nbytes for tensor in kept.values()), {t.dtype for t in kept.values()}
+
+    ours, types = bytes_of_a_pass()
+    for quantizer in quantizers(network).values():
+        quantizer.enabled = False
+    single, _ = bytes_of_a_pass()
+    assert torch.int8 in types
+    assert ours < 1.25 * single  # to keep what was rounded itself would take half as much again
 
 
-@pytest.mark.parametrize(("make", "layer"), [(MobileNet, "blocks.0.project.0"), (ResNet, "blocks.0.second.0")])
-def test_rounded_activations_are_computed_again_and_not_kept(make, layer, monkeypatch):
-    network = quantized(make)
-    plain = copy.deepcopy(network)
-    kept, place = kept_by(network, network.get_submodule(layer))
-    assert place not in kept
-    monkeypatch.setattr(compiling, "_without_compiler", {"cpu"})
-    kept, place = kept_by(plain, plain.get_submodule(layer))
-    assert place in kept
-    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
-
-
-def test_half_precision_is_kept_where_only_sums_follow():
-    network = quantized(ResNet)
-    kept, _ = kept_by(network, network.head)
-    assert torch.float16 in kept.values()
-    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1)))
-    kept, _ = kept_by(network, network[2])
-    assert torch.float16 not in kept.values()
-
-
-def test_evaluation_takes_the_memory_of_the_batch_norm():
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_of_the_batch_norm_is_taken(training):
     network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 1)))
     places = []
     network[0].register_forward_hook(lambda module, args, output: places.append(output.data_ptr()))
@@ -197,9 +203,9 @@ def test_evaluation_takes_the_memory_of_the_batch_norm():
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
         patch.setattr(F, "batch_norm", batch_norm)
-        network.eval()(IMAGES)
+        network.train(training)(IMAGES)
     assert made[0].data_ptr() == places[1] != places[0]
 
 
