@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.convolution import WeightLayer, channel_shape, channel_view
 from lightning_qbn.errors import FoldingError
+from lightning_qbn.garbage import collected_later
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, freeze_integers, weight_layers
 from lightning_qbn.norms import affine, remove_normalisation
 from lightning_qbn.pairing import find_pairs
@@ -43,6 +44,7 @@ class _Frozen:
     flipped: int = 0
 
 
+@collected_later()
 def fold_batch_norms(network: nn.Module) -> nn.Module:
     r"""A copy of the network with integer weights, and batch-norm folded into their scale where it can be.
 

@@ -13,6 +13,7 @@ from lightning_qbn.convolution import WEIGHT_LAYERS, WeightLayer, is_transposed,
 from lightning_qbn.errors import FoldingError, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.folding import FoldingReport, copy_of
+from lightning_qbn.garbage import collected_later
 from lightning_qbn.layers import why_not_quantizable
 from lightning_qbn.norms import affine, is_plain, remove_normalisation, why_not_removable
 from lightning_qbn.operations import hooks_of, is_norm, name_of, runs, value_users
@@ -20,6 +21,7 @@ from lightning_qbn.planning import make_plan
 from lightning_qbn.tracing import join
 
 
+@collected_later()
 def fold_batch_norms_forward(network: nn.Module) -> nn.Module:
     """A float copy of a network in which batch-norms that stand before a layer are part of its weight.
 

@@ -11,6 +11,7 @@ from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.fusion import fuse, round_result
+from lightning_qbn.garbage import collected_later
 from lightning_qbn.graph import Site
 from lightning_qbn.layers import (
     IntegerWeight,
@@ -48,6 +49,7 @@ class InsertionReport:
         return "\n".join([head, *(f"in float: {name}: {why}" for name, why in self.left_in_float.items())])
 
 
+@collected_later()
 def insert_quantizers(network: nn.Module, config: QuantizationConfig) -> InsertionReport:
     """Insert weight and activation quantizers, in place; they pass values through until they are calibrated.
 

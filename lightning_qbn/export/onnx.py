@@ -22,6 +22,7 @@ from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity
 from lightning_qbn.files import atomic
+from lightning_qbn.garbage import collected_later
 
 if TYPE_CHECKING:
     import onnx
@@ -54,6 +55,7 @@ class ExportReport:
         return asdict(self)
 
 
+@collected_later()
 def export_onnx(
     folded: nn.Module,
     path: str | Path,
