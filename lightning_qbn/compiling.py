@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lightning_qbn.errors import QuantizationWarning
 
@@ -22,15 +23,34 @@ _without_compiler: set[str] = set()  # types of devices
 _forced = [False]
 
 
-def is_large(x: Tensor) -> bool:
-    """Whether a tensor has memory of its own, and enough of it for a pass to be worth while."""
-    # In this order: an exported program must not depend on a size.
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter) and x.numel() >= SMALLEST
+def is_large(x: Tensor, *others: Tensor) -> bool:
+    """Whether a tensor has memory of its own, as others have, and enough of it for a pass to be worth while."""
+    # In this order: a program that is being recorded must not depend on a size.
+    if is_recorded() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return x.numel() >= SMALLEST and all(map(_has_memory, (x, *others)))
 
 
-def is_compiled(x: Tensor) -> bool:
+def is_recorded() -> bool:
+    """Whether somebody follows every operation of torch, to compile, to export, to count or to keep what it gives.
+
+    torch has a public name for a compiler and for torch.jit, and none for a mode that all operations pass, such as
+    that of selective activation checkpointing.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return bool(recorded or is_in_torch_dispatch_mode())
+
+
+def _has_memory(x: Tensor) -> bool:
+    try:
+        return x.data_ptr() != 0
+    except RuntimeError:  # torch.func maps over it or differentiates by it
+        return False
+
+
+def is_compiled(x: Tensor, *others: Tensor) -> bool:
     """Whether a tensor like this one gets a compiled pass."""
-    return is_large(x) and x.device.type not in _without_compiler
+    return is_large(x, *others) and x.device.type not in _without_compiler
 
 
 def run(body: Any, plain: Callable[..., Any], tensors: tuple[Tensor, ...], constants: tuple[float, ...]) -> Any:
@@ -102,7 +122,7 @@ def _typical(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _say(device: str, error: Exception) -> None:
     needed = {"cpu": "a C++ compiler", "cuda": "Triton"}.get(device, "a compiler")
-    cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
     warnings.warn(
         f"Fake-quantization could not be compiled for {device} ({cause}). Plain operations of torch take its place "
         f"from now on: they compute the same and need more time. Install what torch.compile needs here, {needed}.",

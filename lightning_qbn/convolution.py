@@ -59,6 +59,11 @@ def has_own_forward(layer_class: type[nn.Module]) -> bool:
     )
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody replaced the forward on the object itself, so that its class says nothing about it."""
+    return not {"forward", "_conv_forward"}.isdisjoint(vars(module))
+
+
 def function_of(layer: nn.Module) -> Any:
     """The function of torch that a weight layer stands for."""
     return next(function for kind, function in _FUNCTIONS.items() if isinstance(layer, kind))

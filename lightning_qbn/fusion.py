@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
@@ -9,19 +12,23 @@ from torch import Tensor, fx, nn
 from lightning_qbn.convolution import WEIGHT_LAYERS, has_own_forward
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.kernels import Clip
-from lightning_qbn.operations import is_hooked, name_of, runs
-from lightning_qbn.rounding import NO_CLIP
+from lightning_qbn.operations import is_watched, runs
+from lightning_qbn.rounding import NO_CLIP, saves_codes
 
 _MODULES: dict[type[nn.Module], Clip] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
-_FUNCTIONS = {"relu": (0.0, torch.inf), "relu_": (0.0, torch.inf), "relu6": (0.0, 6.0)}
+_NAMES: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu_", F.relu6: "relu6"}
+_CLIPS: dict[str, Clip] = {"relu": (0.0, torch.inf), "relu_": (0.0, torch.inf), "relu6": (0.0, 6.0)}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FRESH = {"add", "sub", "rsub", "mul", "cat"}  # give memory of their own, which nobody else has or keeps
+# Functions that give memory of their own, which nobody else has or keeps.
+_FRESH = {operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.rsub, torch.mul, torch.cat}
 
 
 def activate(x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module, source: nn.Module | bool) -> Tensor:
     """``quantizer(activation(x))``; in one pass where nobody can see a difference.
 
     That is decided at every call: until there is a range, or while hooks watch, each module runs for itself.
+    So it does where the pass would save ``x`` for its gradient, and somebody may change ``x`` in place before that
+    (an activation saves its result).
 
     Args:
         x: what the activation gets.
@@ -31,25 +38,28 @@ def activate(x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module
             may be taken. Otherwise False.
     """
     clip = _clip_of(activation)
-    if clip is None or not isinstance(quantizer, FakeQuantize) or is_hooked(quantizer) or not quantizer.rounds(x):
-        rounded: Tensor = quantizer(_activated(x, activation))
-        return rounded
+    if clip is None or not isinstance(quantizer, FakeQuantize) or is_watched(quantizer) or not quantizer.rounds(x):
+        return _one_by_one(x, activation, quantizer)
+    shared = source is False and activation is not None
+    if shared and torch.is_grad_enabled() and not saves_codes(x, quantizer.log2_scale):
+        return _one_by_one(x, activation, quantizer)
     overwrite = _makes_memory(source) if isinstance(source, nn.Module) else source
     return quantizer.clip_and_round(x, clip, overwrite=overwrite, compact=True)
 
 
 def _clip_of(activation: nn.Module | str | None) -> Clip | None:
     if isinstance(activation, nn.Module):
-        own = is_hooked(activation) or "forward" in vars(activation)
-        return None if own else _MODULES.get(type(activation))
-    return NO_CLIP if activation is None else _FUNCTIONS[activation]
+        return None if is_watched(activation) else _MODULES.get(type(activation))
+    return NO_CLIP if activation is None else _CLIPS[activation]
 
 
-def _activated(x: Tensor, activation: nn.Module | str | None) -> Tensor:
+def _one_by_one(x: Tensor, activation: nn.Module | str | None, quantizer: nn.Module) -> Tensor:
     if isinstance(activation, nn.Module):
-        activated: Tensor = activation(x)
-        return activated
-    return x if activation is None else F.relu6(x) if activation == "relu6" else F.relu(x)
+        x = activation(x)
+    elif activation is not None:
+        x = F.relu6(x) if activation == "relu6" else F.relu(x)
+    rounded: Tensor = quantizer(x)
+    return rounded
 
 
 def round_result(node: fx.Node, quantizer: str) -> fx.Node:
@@ -80,7 +90,7 @@ def fuse(rounded: fx.Node, owner: nn.Module) -> None:
             made = graph.get_attr(str(source.target))
         how: fx.Node | str | None = None
         if whole:
-            how = graph.get_attr(str(last.target)) if last.op == "call_module" else name_of(last)
+            how = graph.get_attr(str(last.target)) if last.op == "call_module" else _function(last)
         call = graph.call_function(activate, (source, how, graph.get_attr(str(rounded.target)), made))
     rounded.replace_all_uses_with(call)
     graph.erase_node(rounded)
@@ -93,14 +103,21 @@ def _is_activation(node: fx.Node, owner: nn.Module) -> bool:
         return False
     if node.op == "call_module":
         return type(owner.get_submodule(str(node.target))) in _MODULES
-    return node.op in ("call_function", "call_method") and name_of(node) in _FUNCTIONS
+    return _function(node) is not None
+
+
+def _function(node: fx.Node) -> str | None:
+    """Name of the activation that a node calls as one of torch's functions, or as a method of a tensor."""
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return str(node.target)
+    return _NAMES.get(node.target) if node.op == "call_function" else None
 
 
 def _in_place(node: fx.Node, owner: nn.Module) -> bool:
     if node.op == "call_module":
         return bool(owner.get_submodule(str(node.target)).inplace)
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False)
-    return name_of(node) == "relu_" or bool(given)
+    return _function(node) == "relu_" or bool(given)
 
 
 def _is_own(node: fx.Node, owner: nn.Module) -> bool:
@@ -109,10 +126,10 @@ def _is_own(node: fx.Node, owner: nn.Module) -> bool:
         return False
     if node.op == "call_module":
         return _makes_memory(owner.get_submodule(str(node.target)))
-    return node.op == "call_function" and name_of(node) in _FRESH and "out" not in node.kwargs
+    return node.op == "call_function" and node.target in _FRESH and "out" not in node.kwargs
 
 
 def _makes_memory(module: nn.Module) -> bool:
     """Whether the result of a module is a tensor of its own, which nobody else gets to see."""
     layer = isinstance(module, WEIGHT_LAYERS) and not has_own_forward(getattr(module, "float_class", type(module)))
-    return (layer or runs(module, _BATCH_NORMS)) and not is_hooked(module)
+    return (layer or runs(module, _BATCH_NORMS)) and not is_watched(module)

@@ -163,7 +163,7 @@ def _place(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
         user = next((user for user in node.users if user.op == "call_module"), None)
         if user is not None:
             return str(user.target), "input_quantizer"
-    return owner, f"{name.strip('*_').replace('.', '_')}_quantizer"
+    return owner, f"{name.partition(' ')[0].strip('*_').replace('.', '_')}_quantizer"
 
 
 def _takes_modules(module: nn.Module) -> bool:

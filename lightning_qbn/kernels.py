@@ -20,7 +20,7 @@ Clip = tuple[float, float]
 
 def round_to_grid(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip, overwrite: bool = False) -> Tensor:
     """`arithmetic.rounded` in the dtype and the memory layout of ``x``; where it pays, in the memory of ``x``."""
-    rows = Rows.of(x, scale) if is_large(x) else None
+    rows = Rows.of(x, scale) if is_large(x, scale) else None
     if rows is None:
         return rounded(x, scale, low, high, *clip).to(x.dtype)
     grid = _grid(rows, scale, low, high)
@@ -50,9 +50,9 @@ def round_and_encode(
 def differentiate(grad: Tensor, x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip) -> tuple[Tensor, Tensor]:
     """`arithmetic.gradients` in the dtype and the memory layout of ``x``, and summed to the shape of ``scale``."""
     # Where a gradient of the gradient is wanted, autograd has to see the operations.
-    rows = Rows.of(x, scale) if is_large(x) and not torch.is_grad_enabled() else None
+    rows = Rows.of(x, scale) if is_large(x, grad, scale) and not torch.is_grad_enabled() else None
     if rows is None:
-        grad_x, to_scale = gradients(grad, x, scale, low, high, *clip)
+        grad_x, to_scale = gradients(grad, x.detach(), scale.detach(), low, high, *clip)
         return grad_x.to(x.dtype), to_scale.sum_to_size(scale.shape).to(scale.dtype)
     return _differentiate(_differentiate_into, chunked.differentiate_into, grad, rows, (scale, low, high), clip)
 
@@ -61,8 +61,8 @@ def differentiate_codes(
     grad: Tensor, codes: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip
 ) -> tuple[Tensor, Tensor]:
     """As `differentiate`, from what `round_and_encode` left."""
-    ends = slopes(scale, low, high, *clip)
-    rows = None if torch.is_grad_enabled() else Rows.of(codes, scale)
+    ends = slopes(scale.detach(), low, high, *clip)
+    rows = Rows.of(codes, scale) if is_large(codes, grad, scale) and not torch.is_grad_enabled() else None
     if rows is None:
         grad_x, to_scale = gradients_of_codes(grad, codes, *ends)
         return grad_x.to(grad.dtype), to_scale.sum_to_size(scale.shape).to(scale.dtype)

@@ -21,6 +21,7 @@ from lightning_qbn.convolution import (
     channel_shape,
     channel_view,
     has_own_forward,
+    is_patched,
     is_transposed,
 )
 from lightning_qbn.errors import FoldingError
@@ -133,7 +134,7 @@ def why_not_quantizable(layer: nn.Module) -> str | None:
     """Why a weight layer has to stay in float, or None."""
     if not isinstance(layer, WEIGHT_LAYERS):
         return f"{type(layer).__name__} is no convolution or linear layer"
-    if "forward" in layer.__dict__:
+    if is_patched(layer):
         return "its forward was replaced on the object"
     if isinstance(layer.weight, nn.UninitializedParameter):
         return "its weight has no shape yet: run the network once before quantizing it"

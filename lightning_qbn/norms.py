@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
+from lightning_qbn.convolution import is_patched
 from lightning_qbn.operations import BatchNorm, value_users
 from lightning_qbn.programs import Program
 from lightning_qbn.rewriting import install
@@ -30,7 +31,7 @@ class Remainder(nn.Module):
 
 def why_not_removable(norm: nn.Module) -> str | None:
     """Why the normalisation cannot be taken out of a batch-norm, or None."""
-    if "forward" in norm.__dict__:
+    if is_patched(norm):
         return "its forward was replaced on the object"
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics (track_running_stats=False)"

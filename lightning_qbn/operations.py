@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
+from lightning_qbn.convolution import is_patched
 from lightning_qbn.fake_quantize import FakeQuantize
 
 BatchNorm = _BatchNorm
@@ -91,6 +92,9 @@ _VALUE_NAMES = {
 }
 
 
+# Whose functions the names above stand for.
+_PACKAGES = {"torch", "torchvision", "timm", "_operator", "operator", "builtins", "math"}
+
 # What these give depends on the shape, dtype or device of their argument alone.
 _SHAPE_NAMES = {"size", "dim", "ndimension", "numel", "len", "is_floating_point", "zeros_like", "ones_like"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "itemsize"}
@@ -137,17 +141,25 @@ def hooks_of(module: nn.Module, before: bool) -> list[Any]:
     return [hook for hook in found if not isinstance(hook, prune.BasePruningMethod)]
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks run before or after a module's forward or backward, its own ones or those for all modules."""
+def is_watched(module: nn.Module) -> bool:
+    """Whether code of somebody else sees what goes through a module: hooks, of its own or for all, or its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    # torch has no public name for these.
+    hooked = any(hooks) or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(hooked) or is_patched(module)
 
 
 def name_of(node: fx.Node) -> str:
-    """Short name of the operation: ``add``, ``relu``, ``adaptive_avg_pool2d``, or the module's name."""
-    if callable(node.target):
-        return str(getattr(node.target, "__name__", node.target))
-    return str(node.target)
+    """Short name of the operation: ``add``, ``relu``, ``adaptive_avg_pool2d``, or the module's name.
+
+    A function of somebody else, which a trace shows as one call, may have the name of one of torch's and do something
+    else. It is called ``add of package.module``.
+    """
+    if not callable(node.target):
+        return str(node.target)
+    name = str(getattr(node.target, "__name__", node.target))
+    home = str(getattr(node.target, "__module__", None) or "torch")
+    return name if home.partition(".")[0] in _PACKAGES else f"{name} of {home}"
 
 
 KIND_OF_MODULE: dict[tuple[type[nn.Module], ...], Kind] = {

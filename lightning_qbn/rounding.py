@@ -19,6 +19,8 @@ NO_CLIP = (-torch.inf, torch.inf)
 class _FakeQuantize(torch.autograd.Function):
     """See `fake_quantize`. Of the tensors that have the size of the input, only the input is saved."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, scale: Tensor, low: Bound, high: Bound, clip: Clip) -> Tensor:
         return round_to_grid(x, scale, low, high, clip)
@@ -89,14 +91,14 @@ def fake_quantize(
         The rounded tensor. Gradient to ``x``: 1 inside the range, 0 outside. Gradient to ``scale``:
         ``round(v) - v`` inside, ``low`` or ``high`` outside, with ``v = x / scale`` (Esser et al., "Learned Step Size
         Quantization", ICLR 2020, section 2.1). The ends of the range are inside; what is cut off, or lies on an
-        end of ``clip``, has no gradient.
+        end of ``clip``, has no gradient. These factors are constants to a gradient of the gradient.
 
     >>> fake_quantize(torch.tensor([0.26, 0.9, -3.0]), torch.tensor(0.5), -1, 1)
     tensor([ 0.5000,  0.5000, -0.5000])
     """
     if not torch.is_grad_enabled():
         return round_to_grid(x, scale, low, high, clip, overwrite)
-    if compact and x.requires_grad and x.dtype.itemsize <= 4 and scale.dim() == 0 and is_compiled(x):
+    if compact and saves_codes(x, scale):
         x = x if is_dense(x) else x.contiguous()
         codes = torch.empty_like(x, dtype=torch.int8)
         overwrite = overwrite and not x.is_leaf
@@ -105,6 +107,11 @@ def fake_quantize(
         result = _FakeQuantize.apply(x, scale, low, high, clip)  # type: ignore[no-untyped-call]
     rounded_: Tensor = result
     return rounded_
+
+
+def saves_codes(x: Tensor, scale: Tensor) -> bool:
+    """Whether ``compact`` changes what is saved of this tensor: whether it pays, and nothing forbids it."""
+    return x.requires_grad and x.dtype.itemsize <= 4 and scale.dim() == 0 and is_compiled(x, scale)
 
 
 def _save(ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_qbn.convolution import is_patched
 from lightning_qbn.errors import UnsupportedNetworkError
 from lightning_qbn.pickling import packed, unpacked
 from lightning_qbn.proxies import tensors_known
@@ -68,7 +69,7 @@ def trace(network: nn.Module, whole: Mapping[str, str] | None = None) -> Traced:
             attributes, switches gradients or autocast, or was replaced on the object.
         Exception: whatever `torch.fx` or the network's own forward raise when it cannot be traced.
     """
-    if "forward" in network.__dict__:
+    if is_patched(network):
         raise UnsupportedNetworkError("its forward was replaced on the object, so its class says nothing about it")
     found = Found(dict(whole or {}), given=frozenset(whole or {}))
     train = _trace_mode(network, True, found)

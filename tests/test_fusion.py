@@ -240,3 +240,55 @@ def test_two_layers_behind_one_quantizer_and_two_backward_passes():
         torch.testing.assert_close(both.grad, 2 * first)
     with pytest.raises(RuntimeError, match="second time"):
         output.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [8, 32])
+def test_what_an_activation_read_may_be_changed_in_place(size, dtype):
+    """Also where a tensor is too small to be worth a pass of its own, and its values are kept."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+
+        def forward(self, x):
+            x = self.one(x)
+            y = F.relu(x)
+            x += 1
+            return self.two(y) + x
+
+    network = Skip().to(dtype)
+    images = IMAGES[..., :size, :size].to(dtype)
+    insert_quantizers(network, QuantizationConfig(4, 8))
+    calibrate_quantizers(network, [images], 1)
+    single = one_by_one(network)
+    for made in (network, single):
+        made(images).square().mean().backward()
+    for ours, theirs in zip(network.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forwards_that_were_replaced_later_are_called(training):
+    """And what they keep is not written over."""
+    network = quantized(lambda: nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 4, 1)))
+    network.train(training)
+    expected = network(IMAGES)
+    norm, quantizer, kept, called = network[1], network[2].output_quantizer, [], []
+    own, rounding = norm.forward, quantizer.forward
+
+    def keep(x):
+        kept.append(own(x))
+        kept.append(kept[0].detach().clone())
+        return kept[0]
+
+    def note(x):
+        called.append(x)
+        return rounding(x)
+
+    norm.forward, quantizer.forward = keep, note
+    with torch.set_grad_enabled(training):
+        assert torch.equal(network(IMAGES), expected)
+    assert torch.equal(*kept)
+    assert len(called) == 1

@@ -167,6 +167,29 @@ def test_small_modules_of_somebody_else(module, expected):
     assert ("between" in report.left_in_float) == isinstance(module, Several)
 
 
+def relu(x):
+    return torch.where(x > 0, x, 0.1 * x)
+
+
+torch.fx.wrap("relu")
+
+
+def test_a_function_of_somebody_else_is_not_the_one_of_torch_that_has_its_name():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return relu(self.conv(x))
+
+    network, x = Own().eval(), torch.randn(2, 3, 4, 4)
+    expected = network(x)
+    report = insert_quantizers(network, QuantizationConfig())
+    assert torch.equal(network(x), expected)
+    assert f"relu of {__name__}" in report.left_in_float
+
+
 def test_squeeze_and_excitation():
     class Squeeze(nn.Module):
         def __init__(self):

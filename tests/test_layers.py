@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
@@ -177,9 +178,17 @@ def patched():
     return layer
 
 
+def with_another_padding():
+    """As networks for panoramas and textures are made from ordinary ones."""
+    layer = nn.Conv2d(2, 2, 3)
+    layer._conv_forward = lambda input, weight, bias: F.conv2d(F.pad(input, (1, 1, 1, 1), "circular"), weight, bias)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (with_another_padding, "replaced on the object"),
         (lambda: OwnConvolution(2, 2, 1), "OwnConvolution has its own forward"),
         (patched, "forward"),
         (lambda: nn.LazyLinear(2), "run the network once"),
