@@ -14,8 +14,9 @@ from lightning_qbn.operations import BatchNorm
 from lightning_qbn.passes import ForwardFn
 from lightning_qbn.reachable import reachable
 
+_PLAIN = (bool, int, float, str, type(None))
 _FIRST_LOOKS, _EVERY = 8, 8  # a look goes through the whole network
-_LATER_LOOKS = 16  # at most, or a pass would take time with the square of the number of layers
+_LATER_LOOKS = 8  # at most, or a pass would take time with the square of the number of layers
 
 
 class StateOfPasses:
@@ -52,7 +53,7 @@ class StateOfPasses:
             (name, value)
             for module in self._network.modules()
             for name, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | None)
+            if isinstance(value, _PLAIN)
         )
         return tuple(warnings.filters), torch.get_default_dtype(), plain, _tensors_in(self._roots)
 
@@ -75,10 +76,18 @@ _CONTEXTS = {"SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL", "SETUP_FINALLY", "PUSH
 
 def _tensors_in(roots: list[Any]) -> set[int]:
     """Tensors that can be reached from here; those of the running pass itself are in frames."""
-    return {id(thing) for thing in reachable(roots, _is_leaf) if isinstance(thing, Tensor)}
+    leaves: dict[type, bool] = {}
+
+    def is_leaf(thing: Any) -> bool:
+        kind = type(thing)
+        if kind not in leaves:
+            leaves[kind] = _is_leaf(kind)
+        return leaves[kind]
+
+    return {id(thing) for thing in reachable(roots, is_leaf) if isinstance(thing, Tensor)}
 
 
-def _is_leaf(thing: Any) -> bool:
+def _is_leaf(kind: type) -> bool:
     """Tensors, and objects of ours and a Trainer's: these change in every pass, and no forward reads them."""
-    tool = not isinstance(thing, nn.Module) and type(thing).__module__.startswith(("lightning_qbn.", "lightning."))
-    return tool or isinstance(thing, Tensor)
+    tool = not issubclass(kind, nn.Module) and kind.__module__.startswith(("lightning_qbn.", "lightning."))
+    return tool or issubclass(kind, Tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.convolution import WeightLayer, apply_weight, channel_view, is_transposed, out_channels
 from lightning_qbn.errors import ExportError
-from lightning_qbn.export.operators import STORAGE, dequantize, quantize_dequantize
+from lightning_qbn.export.operators import dequantize, quantize_dequantize
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.kinds import kind
@@ -30,15 +30,11 @@ _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that 
 class QuantizeDequantize(nn.Module):
     """A quantizer with fixed numbers, in the storage type of its integers."""
 
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(self, quantizer: FakeQuantize) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
-        storage = STORAGE[quantizer.signed, quantizer.bits > 8]
-        self.register_buffer("scale", quantizer.scale.detach().float())
-        self.register_buffer("zero_point", quantizer.zero_point.round().to(storage))
+        self.scale = float(quantizer.scale.detach().float())
+        self.zero_point = int(quantizer.zero_point.round())
 
     def forward(self, x: Any) -> Any:
         """Values of ``x`` on the grid; anything that is no floating-point tensor as it is."""

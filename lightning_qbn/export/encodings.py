@@ -79,10 +79,9 @@ def _activation(name: str, module: QuantizeDequantize) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": tensor_name(name),
         "output_dtype": dtype,
-        "y_scale": float(module.scale),
+        "y_scale": module.scale,
     }
-    zero_point = int(module.zero_point)
-    return entry | ({"y_zero_point": zero_point} if zero_point else {})
+    return entry | ({"y_zero_point": module.zero_point} if module.zero_point else {})
 
 
 def _layer(name: str, layer: DeployedWeight) -> list[dict[str, Any]]:

@@ -67,27 +67,33 @@ def _rename(
 
 
 def _unshare(model: onnx_ir.Model) -> None:
-    """Give every Q and DQ its own scale and zero point.
+    """Give every Q and DQ its own scale and zero point, named after its tensor.
 
     The exporter stores equal numbers once; onnxruntime, when it changes the type of one zero point for its
     kernels, then fails on the others.
     """
     import onnx_ir
 
-    graph, taken = model.graph, set()
+    graph = model.graph
+    taken: set[str | None] = set()
     for node in list(graph):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
+        tensor_of = (node.outputs[0].name or "").removesuffix(".integers")
         for index, ending in ((1, "scale"), (2, "zero_point")):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None or value.const_value is None:
                 continue
-            if value.name not in taken:
-                taken.add(value.name)
+            name = f"{tensor_of}.{ending}"
+            if name in graph.initializers:
+                name = f"{tensor_of}.{'quantize' if node.op_type[0] == 'Q' else 'dequantize'}_{ending}"
+            if value.name in taken:
+                tensor = onnx_ir.tensor(value.const_value.numpy(), name=name)
+                own = onnx_ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
+                graph.register_initializer(own)
+                node.replace_input_with(index, own)
+                taken.add(name)
                 continue
-            name = f"{node.outputs[0].name}.{'quantize' if node.op_type[0] == 'Q' else 'dequantize'}_{ending}"
-            tensor = onnx_ir.tensor(value.const_value.numpy(), name=name)
-            own = onnx_ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
-            graph.register_initializer(own)
-            node.replace_input_with(index, own)
-            taken.add(name)
+            if node.op_type == "QuantizeLinear":  # those of weights have names of their own
+                value.name = name
+            taken.add(value.name)

@@ -98,7 +98,8 @@ def export_onnx(
 
 def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnxscript.optimizer import fold_constants
 
     try:
         with _quiet_exporter(), torch.no_grad():
@@ -108,6 +109,7 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=_OPSET,
                 verbose=False,
+                optimize=False,
                 dynamic_shapes=dynamic_batch(inputs),
                 custom_translation_table=translations(),
             )
@@ -120,6 +122,10 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
         ) from cause
     assert program is not None
     model = program.model
+    with _quiet_exporter():
+        fold_constants(model)
+    RemoveUnusedNodesPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     name_values(model)
     _forget_sources(model)
     RemoveUnusedNodesPass()(model)

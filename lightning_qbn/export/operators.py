@@ -14,18 +14,18 @@ STORAGE = {
     (False, True): torch.uint16,
     (True, True): torch.int16,
 }
+_ONNX_TYPES = {torch.uint8: 2, torch.int8: 3, torch.uint16: 4, torch.int16: 5}  # of onnx.TensorProto
 
 
 @torch.library.custom_op("lightning_qbn::quantize_dequantize", mutates_args=())
-def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """QuantizeLinear and DequantizeLinear: the values of ``x`` on the grid."""
-    shift = zero_point.to(torch.int32)
-    steps = (x / scale).round().clamp(quant_min - shift, quant_max - shift)
-    return steps * scale
+def quantize_dequantize(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+    """QuantizeLinear and DequantizeLinear: the values of ``x`` on the grid; ``scale`` is that of a float32."""
+    step = torch.full((), scale, device=x.device)
+    return (x / step).round().clamp(quant_min - zero_point, quant_max - zero_point) * step
 
 
 @quantize_dequantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -52,14 +52,17 @@ def translations() -> dict[Any, Any]:
 
     op: Any = opset21  # its annotations know no values that are still being traced
 
-    def to_quantize_dequantize(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
-        storage = torch.iinfo(STORAGE[quant_min < 0, quant_max > 255 or quant_min < -128])
+    def to_quantize_dequantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Any:
+        dtype = STORAGE[quant_min < 0, quant_max > 255 or quant_min < -128]
+        storage = torch.iinfo(dtype)
         if (quant_min, quant_max) != (storage.min, storage.max):
             # QuantizeLinear saturates at the range of its storage type only.
-            shift = op.Cast(zero_point, to=1)
-            x = op.Max(x, op.Mul(op.Sub(op.Constant(value_float=float(quant_min)), shift), scale))
-            x = op.Min(x, op.Mul(op.Sub(op.Constant(value_float=float(quant_max)), shift), scale))
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+            ends = torch.tensor([quant_min - zero_point, quant_max - zero_point], dtype=torch.float32) * scale
+            x = op.Max(x, op.Constant(value_float=float(ends[0])))
+            x = op.Min(x, op.Constant(value_float=float(ends[1])))
+        step = op.Constant(value_float=scale)
+        shift = op.Cast(op.Constant(value_int=zero_point), to=_ONNX_TYPES[dtype])
+        return op.DequantizeLinear(op.QuantizeLinear(x, step, shift), step, shift)
 
     def to_dequantize(integers: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(integers, scale, zero_point, axis=axis)

@@ -101,4 +101,4 @@ def _output_step(deployed: nn.Module, index: int) -> float | None:
     while not _is_quantizer(source, modules) and kind(source, modules) == "transparent" and source.all_input_nodes:
         source = source.all_input_nodes[0]
     module = deployed.get_submodule(str(source.target)) if source.op == "call_module" else None
-    return float(module.scale) if isinstance(module, QuantizeDequantize) else None
+    return module.scale if isinstance(module, QuantizeDequantize) else None

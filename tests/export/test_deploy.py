@@ -57,17 +57,7 @@ def test_fixed_quantizer_computes_what_the_learned_one_does(bits, signed, low, h
     fixed = QuantizeDequantize(quantizer)
     x = 3 * torch.randn(200, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(fixed(x), quantizer(x).detach())
-    assert (
-        fixed.zero_point.dtype
-        == {
-            (True, False): torch.int8,
-            (True, True): torch.int16,
-            (False, False): torch.uint8,
-            (False, True): torch.uint16,
-        }[signed, bits > 8]
-    )
-    assert int(fixed.zero_point) == int(quantizer.zero_point)
-    assert fixed.scale.dtype == torch.float32
+    assert fixed.zero_point == int(quantizer.zero_point)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

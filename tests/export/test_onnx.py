@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from lightning_qbn import (
     insert_quantizers,
     integer_weights,
 )
+from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.export import onnx as onnx_module
 
 
@@ -188,6 +190,20 @@ def test_no_layer_is_left_in_float(tmp_path, network, batches):
     floats = [(name, array) for name, (array, kind) in initializers(tmp_path / "net.onnx").items() if kind == 1]
     assert all("scale" in name or array.size == 1 for name, array in floats), [n for n, _ in floats]
     assert not nodes(tmp_path / "net.onnx", "BatchNormalization", "Identity")
+
+
+@pytest.mark.parametrize("make", [MobileNet, ResNet])
+def test_onnxruntime_fuses_every_layer_into_an_integer_operator(tmp_path, make):
+    x = torch.randn(4, 1, 16, 16)
+    export_onnx(fold(make(), x, weight_bits=4), tmp_path / "net.onnx", x)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
+    written = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
+    assert (counts["QLinearConv"], counts["QLinearAdd"]) == (written["Conv"], written["Add"])
+    assert not {"Conv", "Add", "Gemm", "MatMul", "Relu", "Clip", "Cast"} & counts.keys()
 
 
 def test_loads_at_every_optimization_level_and_with_exact_kernels(tmp_path):
