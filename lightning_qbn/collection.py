@@ -70,8 +70,7 @@ class Layer:
         first, self._checked = self._checked, len(self.series)
         if first == self._checked:
             return
-        rows = torch.stack([*self.series.means[first:], *self.series.squares[first:]]).isfinite().all(1)
-        bad = (~rows.view(2, -1).all(0)).nonzero()
+        bad = (~self.series.rows(first).isfinite().flatten(1).all(1)).nonzero()
         if len(bad):
             raise ReestimationError(
                 f"{self.name} saw NaN or infinity in batch {self.series.batches[first + int(bad[0])]}. Look at that "
@@ -154,19 +153,14 @@ def share_series(layers: dict[str, Layer]) -> None:
     """Give every rank the calls of all ranks, in the order of the ranks, so that results are the same to the bit."""
     if number() == 1:
         return
-    own = {name: _to(layer.series, torch.device("cpu")) for name, layer in layers.items()}
+    own = {name: layer.series.to(torch.device("cpu")) for name, layer in layers.items()}
     everywhere = on_all_ranks(lambda: own)
     for name, layer in layers.items():
         mean = layer.module.running_mean
         assert isinstance(mean, Tensor)
         layer.series = Series()
         for series in everywhere:
-            layer.series.extend(_to(series[name], mean.device))
-
-
-def _to(series: Series, device: torch.device) -> Series:
-    means, squares = ([t.to(device) for t in tensors] for tensors in (series.means, series.squares))
-    return Series(series.counts, means, squares, series.batches)
+            layer.series.extend(series[name].to(mean.device))
 
 
 def quantile_of_errors(layers: Iterable[Layer]) -> float | None:

@@ -49,12 +49,12 @@ class StateOfPasses:
         self.found = self._state() != state or (self._looks == 1 and self._sums() != sums)
 
     def _state(self) -> tuple[Any, ...]:
-        plain = tuple(
-            (name, value)
-            for module in self._network.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, _PLAIN)
-        )
+        plain: list[Any] = []
+        for module in self._network.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, _PLAIN):
+                    plain.append(name)  # no pairs: so many new objects would wake the garbage collector
+                    plain.append(value)
         return tuple(warnings.filters), torch.get_default_dtype(), plain, _tensors_in(self._roots)
 
     def _sums(self) -> list[float]:

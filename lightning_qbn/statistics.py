@@ -13,6 +13,7 @@ from lightning_qbn.compiling import is_compiled, run
 
 _CHUNK = 2**17  # values that stay in a processor's cache while they are read twice
 _LONGEST_SUM = 2**11  # values that are summed in float32
+_ROOM = 16  # calls that a series has room for at first
 
 
 def moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -62,33 +63,51 @@ def _sums_of_rows(x: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Series:
-    """Moments of all calls of one batch-norm, in order; each call belongs to a batch."""
+    """Moments of all calls of one batch-norm, in order; each call belongs to a batch.
+
+    Args:
+        counts: values per channel of each call.
+        batches: the batch of each call.
+        table: means and squares, float64, of shape (calls or more, 2, channels). Many small tensors would lie between
+            the large ones of the network and break up the memory that each pass takes and gives back.
+    """
 
     counts: list[int] = field(default_factory=list)
-    means: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def add(self, batch: int, count: int, mean: Tensor, squares: Tensor) -> None:
         """Add a call; the last three as `moments` gives them."""
+        row = len(self)
+        if self.table is None:
+            self.table = mean.new_empty(_ROOM, 2, len(mean))
+        elif row == len(self.table):
+            self.table = torch.cat([self.table, torch.empty_like(self.table)])
+        self.table[row, 0], self.table[row, 1] = mean, squares
         self.batches.append(batch)
         self.counts.append(count)
-        self.means.append(mean)
-        self.squares.append(squares)
 
     def extend(self, other: Series) -> None:
         """Add the calls of another series, such as that of another rank."""
-        for call in zip(other.batches, other.counts, other.means, other.squares, strict=True):
-            self.add(*call)
+        for batch, count, (mean, squares) in zip(other.batches, other.counts, other.rows(), strict=True):
+            self.add(batch, count, mean, squares)
+
+    def rows(self, first: int = 0) -> Tensor:
+        """Means and squares of the calls from one on, of shape (calls, 2, channels)."""
+        return torch.empty(0, 2, 0) if self.table is None else self.table[first : len(self)]
+
+    def to(self, device: torch.device) -> Series:
+        """The same on a device."""
+        return Series(self.counts, self.batches, None if self.table is None else self.rows().to(device))
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """Counts of shape (calls, 1), means and squares of shape (calls, channels), all float64."""
-        means = torch.stack(self.means)
-        counts = torch.tensor(self.counts, dtype=torch.float64, device=means.device)
-        return counts[:, None], means, torch.stack(self.squares)
+        rows = self.rows()
+        counts = torch.tensor(self.counts, dtype=torch.float64, device=rows.device)
+        return counts[:, None], rows[:, 0], rows[:, 1]
 
 
 Estimator: TypeAlias = Callable[[Series], tuple[Tensor, Tensor]]

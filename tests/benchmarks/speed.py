@@ -115,7 +115,7 @@ def calls_of(name: str, options: argparse.Namespace) -> dict[str, dict[str, Call
     steps["ours, no compiler"] = plainly(steps["ours"], device)
     evaluations = {key: evaluation_of(net, x) for key, net in others.items()}
     evaluations["ours, no compiler"] = plainly(evaluations["ours"], device)
-    passes: dict[str, Call] = {"float": evaluations["float"]}
+    passes: dict[str, Call] = {"float": lambda: [evaluations["float"]() for _ in range(_JOINT)]}
     for key in ("float", "ours"):
         passes[f"{key}, joint"] = lambda net=others[key]: reestimate_batch_norms(net, [x] * _JOINT, _JOINT).undo()  # type: ignore[misc]
     kinds = {"train step": steps, "evaluation": evaluations, "re-estimation": passes}
@@ -131,8 +131,7 @@ def measure(name: str, threads: int, options: argparse.Namespace) -> dict[str, d
     torch.set_num_threads(threads)
     kinds = calls_of(name, options)
     found = {kind: interleaved(calls, options.rounds) for kind, calls in kinds.items()}
-    for key in ("float, joint", "ours, joint"):
-        found["re-estimation"][key] /= _JOINT
+    found["re-estimation"] = {key: seconds / _JOINT for key, seconds in found["re-estimation"].items()}
     absolute = {kind: {"float, ms": row["float"] * 1e3} for kind, row in found.items()}
     if threads == options.threads[0]:  # memory does not depend on them
         peaks = {key: float(peak_of(call, options.device)) for key, call in kinds["train step"].items()}
