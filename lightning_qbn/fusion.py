@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lightning_qbn.convolution import WEIGHT_LAYERS, has_own_forward
 from lightning_qbn.fake_quantize import FakeQuantize
 from lightning_qbn.kernels import Clip
-from lightning_qbn.operations import is_watched, runs
+from lightning_qbn.operations import is_output_watched, is_watched, runs
 from lightning_qbn.rounding import NO_CLIP, saves_codes
 
 _MODULES: dict[type[nn.Module], Clip] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
@@ -132,4 +132,4 @@ def _is_own(node: fx.Node, owner: nn.Module) -> bool:
 def _makes_memory(module: nn.Module) -> bool:
     """Whether the result of a module is a tensor of its own, which nobody else gets to see."""
     layer = isinstance(module, WEIGHT_LAYERS) and not has_own_forward(getattr(module, "float_class", type(module)))
-    return (layer or runs(module, _BATCH_NORMS)) and not is_watched(module)
+    return (layer or runs(module, _BATCH_NORMS)) and not is_output_watched(module)

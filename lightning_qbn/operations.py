@@ -143,7 +143,12 @@ def hooks_of(module: nn.Module, before: bool) -> list[Any]:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether code of somebody else sees what goes through a module: hooks, of its own or for all, or its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return bool(module._forward_pre_hooks) or is_output_watched(module)
+
+
+def is_output_watched(module: nn.Module) -> bool:
+    """Whether such code sees what comes out of it; hooks that run before it do not."""
+    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     # torch has no public name for these.
     hooked = any(hooks) or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     return bool(hooked) or is_patched(module)
