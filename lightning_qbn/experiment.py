@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
@@ -68,7 +70,15 @@ def run(cfg: DictConfig) -> float | None:
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=logger)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if resumes else None, weights_only=True)
     _say(f"Everything is in {cfg.paths.output_dir}")
+    _fail_if_refused(callbacks)
     return report.record.accuracy.get("after_reestimation") if report is not None else None
+
+
+def _fail_if_refused(callbacks: list[Callback]) -> None:
+    """Let the exit status say that nothing was exported; in a sweep the other runs go on, and the reports say it."""
+    reasons = [callback.refused for callback in callbacks if isinstance(callback, QuantizedExport) and callback.refused]
+    if reasons and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.RUN:
+        raise SystemExit(f"Nothing was exported: {reasons[0]}.")
 
 
 def _rehearse(cfg: DictConfig, callbacks: list[Callback]) -> None:

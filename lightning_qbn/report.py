@@ -46,6 +46,7 @@ class RunRecord:
     curve: list[dict[str, Any]] = field(default_factory=list)
     folding: FoldingReport | None = None
     export: ExportReport | None = None
+    refused: str | None = None  # why nothing was exported
     source: Any = None  # which weights were exported, as a dataclass
     context: dict[str, Any] = field(default_factory=dict)
 
@@ -70,7 +71,7 @@ def to_dict(record: RunRecord) -> dict[str, Any]:
         },
         "folding": asdict(record.folding) if record.folding else None,
         "export": (record.export.to_dict() if record.export else {"parity": None})
-        | {"source": asdict(record.source) if record.source else None},
+        | {"source": asdict(record.source) if record.source else None, "refused": record.refused},
         "sizes": {"float": record.float_bytes, "onnx": record.export.bytes if record.export else None},
         "config": None,
         "versions": _versions(),
@@ -111,13 +112,14 @@ def _rows(record: RunRecord) -> list[tuple[str, str, str]]:
 
 def _parity(record: RunRecord) -> str:
     if record.export is None:
-        return ""
+        return f"Nothing was exported: {record.refused}." if record.refused else ""
     parts = []
     for level, name in (("disabled", "graph as written"), ("all", "graph optimized")):
         found = record.export.parity[level]
         distance = f"{found.max_lsb:g} LSB" if found.max_lsb is not None else f"{found.max_difference:.2g}"
         parts.append(f"{name}: at most {distance}, {found.differing:.2%} differ")
-    return "onnxruntime against the simulation, " + "; ".join(parts)
+    remedy = f" (with {record.export.remedy}, for this processor)" if record.export.remedy else ""
+    return "onnxruntime against the simulation, " + "; ".join(parts) + remedy
 
 
 def _number(value: float | None) -> str:

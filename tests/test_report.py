@@ -63,7 +63,7 @@ def test_empty_record_can_be_written():
     data = strict(to_json(empty))
     assert data["accuracy"] == dict.fromkeys(STAGES)
     assert data["reestimation"]["layers"] == []
-    assert data["export"] == {"parity": None, "source": None}
+    assert data["export"] == {"parity": None, "source": None, "refused": None}
     assert data["config"] is None
     assert "float" in printed(empty)
     assert "<h2>Stages</h2>" in to_html(empty)

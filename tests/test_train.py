@@ -119,6 +119,19 @@ def test_resume_and_float_checkpoints(tmp_path):
     assert torch.load(tmp_path / "resumed/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
 
 
+def test_nothing_is_exported_below_a_bound_and_the_exit_status_says_so(tmp_path):
+    overrides = ["export.minimum=1.01", "hydra.run.dir=run"]
+    done = cli(tmp_path, *FAST, *overrides, check=False)
+    assert done.returncode == 1
+    assert "Nothing was exported: MulticlassAccuracy is" in done.stderr
+    assert "Traceback" not in done.stderr
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert "has to be 1.01 at least" in report["export"]["refused"]
+    assert report["accuracy"]["after_reestimation"] is not None
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"report.json", "report.html", "checkpoints"}
+    assert not list(tmp_path.glob("**/*.onnx"))
+
+
 BAD_INPUT = {
     "weight_bits must be a whole number from 2 to 8, found 1": ["quantization.weight_bits=1"],
     "found 'four'": ["quantization.weight_bits=four"],

@@ -14,14 +14,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import (
+    TargetFn,
     forward_of,
     has_validation,
     sampled_train_batches,
     uncompiled_name,
     validation_batches,
 )
+from lightning_qbn.callbacks.bounds import Bounds
 from lightning_qbn.callbacks.building import plain
 from lightning_qbn.callbacks.choosing import Chosen
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
@@ -50,9 +53,14 @@ class QuantizedExport(Callback):
         formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
         example_input: tensor, or tuple of the network's arguments; default: a validation or training batch.
         forward_fn: ``forward_fn(pl_module, batch)``; default: the module on the first element of the batch.
+        metric: a torchmetrics metric for the two bounds, measured on the test loader where the data has one, else on
+            the validation loader.
+        minimum: write files only if the metric at the end is at least this.
+        max_drop: write files only if the metric is worse than that of the float network by this at most.
+        target_fn: ``target_fn(batch)`` for the metric; default: the second element of the batch.
 
     Raises:
-        ConfigurationError: a format is not known.
+        ConfigurationError: a format is not known, or a bound cannot be judged.
 
     Attributes:
         folded: the folded copy of the LightningModule, from the end of ``fit`` on.
@@ -61,6 +69,7 @@ class QuantizedExport(Callback):
         report: path, size and parity of the ONNX file.
         files: format to the path that was written.
         source: which weights were exported: those of the end of training, or of its best checkpoint.
+        refused: why no file was written although training ended, or None.
     """
 
     folded: LightningModule | None = None
@@ -68,6 +77,7 @@ class QuantizedExport(Callback):
     folding: FoldingReport | None = None
     report: ExportReport | None = None
     source: Chosen | None = None
+    refused: str | None = None
 
     def __init__(
         self,
@@ -75,6 +85,10 @@ class QuantizedExport(Callback):
         formats: Sequence[str] = ("onnx", "encodings"),
         example_input: Tensor | tuple[Any, ...] | None = None,
         forward_fn: ForwardFn | None = None,
+        metric: Metric | None = None,
+        minimum: float | None = None,
+        max_drop: float | None = None,
+        target_fn: TargetFn | None = None,
     ) -> None:
         listed = isinstance(formats, Sequence) and not isinstance(formats, str)
         if not listed or not formats or any(name not in _SUFFIXES for name in formats):
@@ -87,7 +101,17 @@ class QuantizedExport(Callback):
         self.formats = tuple(formats)
         self.example_input = example_input
         self.forward_fn = forward_fn
+        self.bounds = Bounds(metric, minimum, max_drop, forward_fn, target_fn)
         self.files: dict[str, Path] = {}
+        self._float: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric of the float network, which a resumed run cannot measure any more."""
+        return {"float": self._float}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the metric of the float network."""
+        self._float = state_dict["float"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: everything that would stop the export is found before training."""
@@ -95,6 +119,7 @@ class QuantizedExport(Callback):
         if stage != "fit":
             return
         self.folded, self.folding, self.report, self.files, self.source = None, None, None, {}, None
+        self.refused = None
         self._example = None
         if trainer.is_global_zero:
             check_writable(self.path.parent)
@@ -103,6 +128,7 @@ class QuantizedExport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the module complete: is there a network to export, and which?"""
+        self.bounds.check_start(pl_module, self._float)
         if not weight_layers(pl_module):
             raise ConfigurationError(
                 "QuantizedExport found no quantizers. Put QuantizationAwareTraining before it in the Trainer's "
@@ -118,6 +144,11 @@ class QuantizedExport(Callback):
                 f"network (there are: {', '.join(networks) or 'none'}), so it is not known what to export. Give it a "
                 f"forward, or leave all but one network in float with QuantizationConfig(skip=[...])."
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with loaders there and no step taken: measure the float network."""
+        if self.bounds.max_drop is not None and self._float is None:
+            self._float = self.bounds.measure_float(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -139,12 +170,16 @@ class QuantizedExport(Callback):
         """Called while device and loaders are there: note the arguments that the network gets."""
         if self.example_input is None:
             on_all_ranks(lambda: self._capture(trainer, pl_module), ExportError)
+        if self.bounds.asked:
+            self._judge(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called last, on the CPU: fold a copy and write the files, on rank zero."""
         if self.example_input is None and self._example is None and had_nothing_left(trainer):
             with as_in_training(trainer, pl_module):
-                on_all_ranks(lambda: self._capture(trainer, pl_module), ExportError)
+                self.on_train_end(trainer, pl_module)
+        if self.refused is not None:
+            return
         example = self.example_input if self.example_input is not None else self._example
         if example is None:
             rank_zero_warn(
@@ -160,6 +195,16 @@ class QuantizedExport(Callback):
         on_all_ranks(lambda: self._export(pl_module, example) if trainer.is_global_zero else None, ExportError)
 
     _example: tuple[Any, ...] | None = None
+
+    def _judge(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure the network that is to be exported; its integers are those of the files."""
+        found = self.bounds.measure(trainer, module)
+        self.refused = self.bounds.why_not(found, self._float)
+        if self.refused is not None:
+            rank_zero_warn(
+                f"Nothing is exported: {self.refused}. Train longer or with more bits, or lower the bound.",
+                category=QuantizationWarning,
+            )
 
     def _capture(self, trainer: Trainer, module: LightningModule) -> None:
         """Note the arguments of the network in its first call on a validation batch, or on a training batch."""

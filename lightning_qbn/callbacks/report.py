@@ -25,7 +25,7 @@ from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationError, QuantizationWarning
-from lightning_qbn.export.parity import run_session, session
+from lightning_qbn.export.runtime import run_session, session
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.passes import ForwardFn, default_forward
@@ -170,6 +170,7 @@ class RunReport(Callback):
         self.record.folding = export.folding if export else None
         self.record.export = export.report if export else None
         self.record.source = export.source if export else None
+        self.record.refused = export.refused if export else None
         self.record.context = self.context
         if quantization is not None:
             self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})

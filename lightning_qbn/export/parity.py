@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_qbn.errors import ExportError
 from lightning_qbn.export.deploy import QuantizeDequantize
 from lightning_qbn.export.inputs import tensors_in
+from lightning_qbn.export.runtime import SessionOptions, run_session, session
 from lightning_qbn.kinds import kind
-
-_LEVELS = {"disabled": "ORT_DISABLE_ALL", "all": "ORT_ENABLE_ALL"}
 
 
 @dataclass(frozen=True)
@@ -34,36 +32,14 @@ class Parity:
     agreement: float
 
 
-def session(path: str | Path, level: str = "all") -> Any:
-    """An onnxruntime session on the CPU; ``level`` is ``"all"`` or ``"disabled"``.
-
-    Raises:
-        ExportError: onnxruntime does not load the file.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[level])
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as cause:
-        raise ExportError(f"onnxruntime does not load the exported graph (optimization {level}): {cause}") from cause
-
-
-def run_session(loaded: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs of a session for one batch."""
-    feed = {node.name: x.detach().cpu().numpy() for node, x in zip(loaded.get_inputs(), inputs, strict=False)}
-    return [torch.from_numpy(output) for output in loaded.run(None, feed)]
-
-
-def measure_parity(deployed: nn.Module, path: str | Path, inputs: tuple[Any, ...]) -> dict[str, Parity]:
-    """Run the file with and without graph optimizations and compare with the deployed network in torch."""
+def measure_parity(
+    deployed: nn.Module, model: str | Path | bytes, inputs: tuple[Any, ...], options: SessionOptions
+) -> Parity:
+    """Run a file and compare it with the deployed network in torch."""
     with torch.no_grad():
         expected = tensors_in(deployed(*inputs))
     steps = [_output_step(deployed, i) for i in range(len(expected))]
-    tensors = tuple(tensors_in(inputs))
-    return {level: _compare(expected, run_session(session(path, level), tensors), steps) for level in _LEVELS}
+    return _compare(expected, run_session(session(model, options), tuple(tensors_in(inputs))), steps)
 
 
 def _compare(expected: list[Tensor], found: list[Tensor], steps: list[float | None]) -> Parity:

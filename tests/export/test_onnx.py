@@ -416,7 +416,7 @@ def test_existing_file_survives_a_failing_export(tmp_path, monkeypatch, stage):
     elif stage == "check":
         monkeypatch.setattr(onnx.checker, "check_model", fail)
     else:
-        monkeypatch.setattr(onnx_module, "measure_parity", fail)
+        monkeypatch.setattr(onnx_module, "choose_kernels", fail)
     disabled = logging.root.manager.disable
     with pytest.raises(ExportError if stage == "convert" else (ExportError, RuntimeError)):
         export_onnx(folded, path, x)

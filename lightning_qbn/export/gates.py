@@ -1,0 +1,159 @@
+"""What a file has to pass before it gets its name: the graph is right, and the runtime's kernels compute it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_qbn.errors import ExportError, QuantizationWarning
+from lightning_qbn.export.inputs import tensors_in
+from lightning_qbn.export.parity import Parity, measure_parity
+from lightning_qbn.export.remedies import REMEDIES
+from lightning_qbn.export.runtime import SessionOptions, run_session, session
+from lightning_qbn.export.stepwise import Step, compare_stepwise
+
+if TYPE_CHECKING:
+    import onnx
+
+_MOST_LSB = 1.01  # the scale of an output is a float32
+_MOST_DIFFERING = 0.01
+_MOST_DIFFERING_WIDE = 0.25  # of more than 8 bits: sums in float32 are right to some hundredths of such a step
+_MOST_REST = 1e-3  # of the largest value, in float
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a file computes what was trained.
+
+    Args:
+        parity: of the outputs.
+        steps: of single layers; empty where the outputs alone show that all is right.
+        wrong: the first layer that differs from the simulation of its own input; None where there is none.
+        rest: where an output is in float: what differs behind the last quantizer, as a share of the largest value.
+    """
+
+    parity: Parity
+    steps: tuple[Step, ...] = ()
+    wrong: Step | None = None
+    rest: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """The outputs are within one step and 1 %, or each layer is on the integers that the file gives it."""
+        return self.wrong is None and self.rest <= _MOST_REST
+
+    def __str__(self) -> str:
+        """The diagnosis."""
+        if self.wrong is not None:
+            return (
+                f"the first layer whose integers differ is {self.wrong.name}: by up to {self.wrong.max_lsb} steps, in "
+                f"{self.wrong.differing:.2%} of its values"
+            )
+        if self.rest > _MOST_REST:
+            return f"all integers agree, and behind the last of them outputs differ by {self.rest:.2g} of their range"
+        return f"largest difference {self.parity.max_difference:.3g}"
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What passed as it is to be run.
+
+    Args:
+        proto: the file, which a remedy may have changed.
+        options: to run it with.
+        verdict: on it, with these options.
+        remedy: what was needed for this processor, or None.
+        milliseconds: of a batch: of the file as it was, and of each remedy that is exact.
+    """
+
+    proto: onnx.ModelProto
+    options: SessionOptions
+    verdict: Verdict
+    remedy: str | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+def judge(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], options: SessionOptions) -> Verdict:
+    """Compare a file with the deployed network in torch on one batch."""
+    parity = measure_parity(deployed, proto.SerializeToString(), inputs, options)
+    if parity.max_lsb is not None and parity.max_lsb <= _MOST_LSB and parity.differing <= _MOST_DIFFERING:
+        return Verdict(parity)
+    steps, rest = compare_stepwise(deployed, proto, inputs, options)
+    wrong = next((step for step in steps if not _is_right(step)), None)
+    return Verdict(parity, tuple(steps), wrong, rest)
+
+
+def _is_right(step: Step) -> bool:
+    share = _MOST_DIFFERING if step.levels <= 256 else _MOST_DIFFERING_WIDE
+    return step.max_lsb <= 1 and step.differing * step.values <= max(1.0, share * step.values)
+
+
+def check_graph(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> Verdict:
+    """Gate A: without optimizations, so that the graph is run as it is written.
+
+    Raises:
+        ExportError: it is another network; names the first layer that is.
+    """
+    verdict = judge(deployed, proto, inputs, SessionOptions("disabled"))
+    if not verdict.passed:
+        raise ExportError(
+            f"The exported graph does not compute what was trained: {verdict}. No file was written. Please report "
+            f"the network; until then leave that layer in float with QuantizationConfig(skip=[...])."
+        )
+    return verdict
+
+
+def choose_kernels(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> Shipment:
+    """Gate B: with the optimizations, kernels and processor that run it.
+
+    Where this processor's kernels saturate, as those for uint8 times int8 do without VNNI, the fastest remedy that is
+    exact is chosen, and that is said.
+
+    Raises:
+        ExportError: no remedy helps; names the first layer that differs.
+    """
+    plain = Shipment(proto, SessionOptions(), judge(deployed, proto, inputs, SessionOptions()))
+    if plain.verdict.passed:
+        return plain
+    found = []
+    for name, remedy in REMEDIES.items():
+        changed, options = remedy.change(proto), SessionOptions(entries=remedy.entries)
+        try:
+            verdict = judge(deployed, changed, inputs, options)
+        except ExportError:  # this version of onnxruntime does not load it
+            continue
+        if verdict.passed:
+            found.append(Shipment(changed, options, verdict, name))
+    if not found:
+        raise ExportError(
+            f"onnxruntime's optimized kernels do not compute what was trained: {plain.verdict}. Without optimizations "
+            f"they do. No remedy helps ({', '.join(REMEDIES)}), and no file was written. Update onnxruntime."
+        )
+    times = _milliseconds([plain, *found], inputs)
+    best = min(found, key=lambda shipment: times[str(shipment.remedy)])
+    warnings.warn(
+        f"This processor's integer kernels saturate: {plain.verdict}. The file is shipped with {best.remedy}, which is "
+        f"exact and takes {times[str(best.remedy)] / times['none']:.2f} of the time.",
+        QuantizationWarning,
+        stacklevel=3,
+    )
+    return Shipment(best.proto, best.options, best.verdict, best.remedy, times)
+
+
+def _milliseconds(shipments: list[Shipment], inputs: tuple[Any, ...]) -> dict[str, float]:
+    """Median time of a batch, in turns."""
+    tensors = tuple(tensors_in(inputs))
+    sessions = {s.remedy or "none": session(s.proto.SerializeToString(), s.options) for s in shipments}
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(_ROUNDS):
+        for name, loaded in sessions.items():
+            start = time.perf_counter()
+            run_session(loaded, tensors)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}

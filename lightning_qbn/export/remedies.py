@@ -1,0 +1,64 @@
+"""Other forms of a file that compute the same integers with other kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of the file, and what it has to be run with."""
+
+    change: Callable[[onnx.ModelProto], onnx.ModelProto]
+    entries: dict[str, str] = field(default_factory=dict)
+
+
+def _unchanged(proto: onnx.ModelProto) -> onnx.ModelProto:
+    return proto
+
+
+def with_unsigned_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """int8 weights ``q`` as uint8 ``q + 128`` with the zero point 128: the same numbers.
+
+    The kernels for uint8 times uint8 add up in 32 bits; those for uint8 times int8 add pairs in 16.
+    """
+    return _shifted(proto, np.dtype(np.int8), np.dtype(np.uint8), 128, weights=True)
+
+
+def with_signed_activations(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """uint8 activations ``q`` as int8 ``q - 128``, zero points likewise."""
+    return _shifted(proto, np.dtype(np.uint8), np.dtype(np.int8), -128, weights=False)
+
+
+def _shifted(
+    proto: onnx.ModelProto, old: np.dtype[np.generic], new: np.dtype[np.generic], by: int, weights: bool
+) -> onnx.ModelProto:
+    """Move the integers of weights, or the zero points of activations, to another type."""
+    import onnx
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
+    wanted = set()
+    for node in changed.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and (node.input[0] in tensors) == weights:
+            wanted |= {name for name in (node.input[0], *node.input[2:]) if name in tensors}
+    for name in wanted:
+        values = onnx.numpy_helper.to_array(tensors[name])
+        if values.dtype == old:
+            tensors[name].CopyFrom(onnx.numpy_helper.from_array((values.astype(np.int64) + by).astype(new), name))
+    return changed
+
+
+REMEDIES = {
+    "unsigned weights": Remedy(with_unsigned_weights),
+    "signed activations": Remedy(with_signed_activations, {"session.qdqisint8allowed": "1"}),
+    "x64quantprecision": Remedy(_unchanged, {"session.x64quantprecision": "1"}),
+}

@@ -1,0 +1,123 @@
+"""Compare a file with the simulation layer by layer, each layer on what the file itself gives it.
+
+Where a value lies in the middle between two integers, the order of a sum decides, and both answers are right. Such
+differences add up through a deep network until its output says little. Layer by layer they do not: each quantizer
+is compared on the integers that the file computed before it, so a difference belongs to that layer alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qbn.export.deploy import REPEATED, QuantizeDequantize
+from lightning_qbn.export.inputs import tensors_in
+from lightning_qbn.export.naming import tensor_name
+from lightning_qbn.export.runtime import SessionOptions, run_session, session
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far one quantized tensor of a file is from the simulation of its layer.
+
+    Args:
+        name: of the tensor, which is that of the layer.
+        max_lsb: largest difference, in steps.
+        differing: share of the values that differ.
+        values: how many there are.
+        levels: integers of its quantizer.
+    """
+
+    name: str
+    max_lsb: int
+    differing: float
+    values: int
+    levels: int
+
+
+def compare_stepwise(
+    deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], options: SessionOptions
+) -> tuple[list[Step], float]:
+    """Run a file, and the deployed network on the integers of the file.
+
+    Args:
+        deployed: result of `deploy`.
+        proto: the file.
+        inputs: arguments of the network, a batch.
+        options: to run the file with.
+
+    Returns:
+        The quantized tensors in the order of their computation; and, for outputs that are in float, the largest
+        difference that is left behind the last quantizer, as a share of the largest value.
+    """
+    zero_points, content = _with_integers(proto)
+    outputs = run_session(session(content, options), tuple(tensors_in(inputs)))
+    last = len(outputs) - len(zero_points)
+    found = zip(zero_points.items(), outputs[last:], strict=True)
+    integers = {name: x.to(torch.int32) - zero_point for (name, zero_point), x in found}
+    steps: list[Step] = []
+    with torch.no_grad(), _substituted(deployed, integers, steps):
+        expected = tensors_in(deployed(*inputs))
+    rest = 0.0
+    for want, got in zip(expected, outputs[:last], strict=True):
+        if want.is_floating_point() and want.numel():
+            rest = max(rest, float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)))
+    return steps, rest
+
+
+def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
+    """The file with the integers of all activations as further outputs; and their names, with the zero points."""
+    import onnx
+
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(proto)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    outputs = {value.name for value in proto.graph.output}
+    zero_points = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0] not in outputs:
+            shift = tensors[node.input[2]]
+            zero_points[node.output[0]] = int(onnx.numpy_helper.to_array(shift))
+            exposed.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], shift.data_type, None))
+    return zero_points, exposed.SerializeToString()
+
+
+@contextmanager
+def _substituted(deployed: nn.Module, integers: dict[str, Tensor], steps: list[Step]) -> Iterator[None]:
+    """Let quantizers note how far they are from the file's integers, and give those."""
+    calls: Counter[str] = Counter()
+
+    def compare(name: str) -> Any:
+        def hook(module: QuantizeDequantize, args: tuple[Any, ...], output: Any) -> Any:
+            calls[name] += 1
+            found = integers.get(name if calls[name] == 1 else f"{name}.{calls[name]}")
+            if found is None or not isinstance(output, Tensor):
+                return None
+            ours = (output.double() / module.scale).round()
+            difference, levels = (ours - found).abs(), module.quant_max - module.quant_min + 1
+            if count := difference.numel():
+                share = float((difference > 0).double().mean())
+                steps.append(Step(name.removesuffix(".integers"), int(difference.max()), share, count, levels))
+            return found.to(output.dtype) * module.scale
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(compare(f"{tensor_name(path)}.integers"))
+        for path, module in deployed.named_modules()
+        if isinstance(module, QuantizeDequantize) and not path.endswith(f".{REPEATED}")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
