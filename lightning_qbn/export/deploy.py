@@ -30,11 +30,13 @@ _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that 
 class QuantizeDequantize(nn.Module):
     """A quantizer with fixed numbers, in the storage type of its integers."""
 
-    def __init__(self, quantizer: FakeQuantize) -> None:
+    def __init__(self, quantizer: FakeQuantize, unsigned: bool = False) -> None:
         super().__init__()
-        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+        # Integers from 0 on, with a zero point in the middle, are the same numbers.
+        shift = -quantizer.quant_min if unsigned else 0
+        self.quant_min, self.quant_max = quantizer.quant_min + shift, quantizer.quant_max + shift
         self.scale = float(quantizer.scale.detach().float())
-        self.zero_point = int(quantizer.zero_point.round())
+        self.zero_point = int(quantizer.zero_point.round()) + shift
 
     def forward(self, x: Any) -> Any:
         """Values of ``x`` on the grid; anything that is no floating-point tensor as it is."""
@@ -74,8 +76,12 @@ class DeployedWeight(nn.Module):
         return apply_weight(layer, input, weight, bias, output_size)
 
 
-def deploy(folded: nn.Module) -> nn.Module:
+def deploy(folded: nn.Module, unsigned: bool = False) -> nn.Module:
     """A copy of a folded network in deployed form.
+
+    Args:
+        folded: result of `fold_batch_norms`.
+        unsigned: integers of activations start at 0 also where they were trained as symmetric ones.
 
     Raises:
         ExportError: the network is not folded, or a bias does not fit int32.
@@ -92,10 +98,10 @@ def deploy(folded: nn.Module) -> nn.Module:
         sources |= {join(prefix, name): source for name, source in _sources(root).items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
-            _deploy_layer(name, module, sources.get(name))
+            _deploy_layer(name, module, sources.get(name), unsigned)
         elif isinstance(module, FakeQuantize):
             owner, _, attribute = name.rpartition(".")
-            fixed = QuantizeDequantize(module) if module.is_calibrated else nn.Identity()
+            fixed = QuantizeDequantize(module, unsigned) if module.is_calibrated else nn.Identity()
             setattr(deployed.get_submodule(owner), attribute, fixed)
     return deployed
 
@@ -129,7 +135,7 @@ def _sources(root: QuantizedNetwork) -> dict[str, _Source]:
     return {name: source for name, source in found.items() if name not in conflicting}
 
 
-def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None) -> None:
+def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None, unsigned: bool) -> None:
     plain = cast(WeightLayer, layer)
     source = None if found is None else found.quantizer
     bias = None if plain.bias is None else plain.bias.detach()
@@ -157,7 +163,7 @@ def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None) -> Non
     layer.register_buffer("bias_integers", bias_integers)
     layer.__dict__["constant_channels"] = constant
     again = found is not None and not found.direct
-    layer.add_module(REPEATED, QuantizeDequantize(source) if again and source is not None else None)
+    layer.add_module(REPEATED, QuantizeDequantize(source, unsigned) if again and source is not None else None)
     layer.__class__ = in_form(DeployedWeight, layer.float_class)
 
 

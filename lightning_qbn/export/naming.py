@@ -20,12 +20,24 @@ def name_values(model: onnx_ir.Model) -> None:
     """
     fixed = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     holders = {value.name: value for node in model.graph for value in node.outputs if value.name not in fixed}
+    tensors: dict[onnx_ir.Node, str] = {}
     for node in list(model.graph):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        owner = _owner(node)
-        _rename(node.outputs[0], f"{owner}.integers" if node.op_type == "QuantizeLinear" else owner, fixed, holders)
-    _unshare(model)
+        if node.op_type == "DequantizeLinear":
+            tensors[node] = _rename(node.outputs[0], _owner(node), fixed, holders)
+            continue
+        # Its integers may be cut off or flattened before they are dequantized.
+        last = node.outputs[0]
+        while (user := _only_user(last)) is not None and user.op_type in ("Clip", "Flatten"):
+            last = user.outputs[0]
+        tensors[node] = _rename(last, f"{_owner(node)}.integers", fixed, holders).removesuffix(".integers")
+    _unshare(model, tensors)
+
+
+def _only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:
+    users = [node for node, _ in value.uses()]
+    return users[0] if len(users) == 1 else None
 
 
 def tensor_name(path: str) -> str:
@@ -51,9 +63,7 @@ def _owner(node: onnx_ir.Node) -> str:
     return (data or "").removesuffix("_integers")
 
 
-def _rename(
-    value: onnx_ir.Value, wanted: str, fixed: set[str | None], holders: dict[str | None, onnx_ir.Value]
-) -> None:
+def _rename(value: onnx_ir.Value, wanted: str, fixed: set[str | None], holders: dict[str | None, onnx_ir.Value]) -> str:
     name, number = wanted, 1
     while name in fixed:  # a second call of the same module, or the graph's own input of that name
         number += 1
@@ -64,9 +74,10 @@ def _rename(
         holders[other.name] = other
     fixed.add(name)
     value.name = name
+    return name
 
 
-def _unshare(model: onnx_ir.Model) -> None:
+def _unshare(model: onnx_ir.Model, tensors: dict[onnx_ir.Node, str]) -> None:
     """Give every Q and DQ its own scale and zero point, named after its tensor.
 
     The exporter stores equal numbers once; onnxruntime, when it changes the type of one zero point for its
@@ -76,10 +87,7 @@ def _unshare(model: onnx_ir.Model) -> None:
 
     graph = model.graph
     taken: set[str | None] = set()
-    for node in list(graph):
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        tensor_of = (node.outputs[0].name or "").removesuffix(".integers")
+    for node, tensor_of in tensors.items():
         for index, ending in ((1, "scale"), (2, "zero_point")):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None or value.const_value is None:

@@ -22,6 +22,7 @@ from lightning_qbn.export.inputs import as_deployed, dynamic_batch, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity
+from lightning_qbn.export.rewrites import clip_integers, pool_globally
 from lightning_qbn.export.runtime import SessionOptions
 from lightning_qbn.files import atomic
 from lightning_qbn.garbage import collected_later
@@ -90,7 +91,7 @@ def export_onnx(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inputs = as_deployed(inputs)
-    deployed = deploy(folded).cpu().float()
+    deployed = deploy(folded, unsigned=True).cpu().float()
     proto = _convert(deployed, inputs)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
     for key, value in entries.items():
@@ -143,6 +144,8 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
         fold_constants(model)
     RemoveUnusedNodesPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    pool_globally(model)
+    clip_integers(model)
     name_values(model)
     _forget_sources(model)
     RemoveUnusedNodesPass()(model)

@@ -55,14 +55,19 @@ def translations() -> dict[Any, Any]:
     def to_quantize_dequantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Any:
         dtype = STORAGE[quant_min < 0, quant_max > 255 or quant_min < -128]
         storage = torch.iinfo(dtype)
-        if (quant_min, quant_max) != (storage.min, storage.max):
-            # QuantizeLinear saturates at the range of its storage type only.
-            ends = torch.tensor([quant_min - zero_point, quant_max - zero_point], dtype=torch.float32) * scale
-            x = op.Max(x, op.Constant(value_float=float(ends[0])))
-            x = op.Min(x, op.Constant(value_float=float(ends[1])))
         step = op.Constant(value_float=scale)
         shift = op.Cast(op.Constant(value_int=zero_point), to=_ONNX_TYPES[dtype])
-        return op.DequantizeLinear(op.QuantizeLinear(x, step, shift), step, shift)
+        # QuantizeLinear saturates at the range of its storage type only. The integers are cut off, not the values
+        # before: between a layer and its quantizer nothing may stand that a runtime cannot fuse.
+        narrow = (quant_min, quant_max) != (storage.min, storage.max)
+        if narrow and storage.bits > 8:  # onnxruntime cuts off no integers of 16 bits
+            ends = torch.tensor([quant_min - zero_point, quant_max - zero_point], dtype=torch.float32) * scale
+            x = op.Clip(x, *(op.Constant(value_float=float(end)) for end in ends))
+        integers = op.QuantizeLinear(x, step, shift)
+        if narrow and storage.bits <= 8:
+            limits = (op.Cast(op.Constant(value_int=end), to=_ONNX_TYPES[dtype]) for end in (quant_min, quant_max))
+            integers = op.Clip(integers, *limits)
+        return op.DequantizeLinear(integers, step, shift)
 
     def to_dequantize(integers: Any, scale: Any, zero_point: Any, axis: int) -> Any:
         return op.DequantizeLinear(integers, scale, zero_point, axis=axis)

@@ -81,13 +81,13 @@ def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    outputs = {value.name for value in proto.graph.output}
     zero_points = {}
     for node in proto.graph.node:
-        if node.op_type == "QuantizeLinear" and node.output[0] not in outputs:
+        name = node.input[0]
+        if node.op_type == "DequantizeLinear" and name not in tensors and name not in zero_points:
             shift = tensors[node.input[2]]
-            zero_points[node.output[0]] = int(onnx.numpy_helper.to_array(shift))
-            exposed.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], shift.data_type, None))
+            zero_points[name] = int(onnx.numpy_helper.to_array(shift))
+            exposed.graph.output.append(onnx.helper.make_tensor_value_info(name, shift.data_type, None))
     return zero_points, exposed.SerializeToString()
 
 

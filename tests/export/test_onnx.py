@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,10 @@ def test_activation_integers_stay_in_their_range(tmp_path):
     folded = fold(Net(), x, activation_bits=3)
     export_onnx(folded, tmp_path / "net.onnx", x)
     model = onnx.load(tmp_path / "net.onnx")
-    names = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    stored = {tensor.name for tensor in model.graph.initializer}
+    read = (node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear")
+    names = dict.fromkeys(name for name in read if name not in stored)
+    assert len(names) == 9
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.UINT8, None))
     onnx.save(model, tmp_path / "all.onnx")
@@ -192,10 +196,16 @@ def test_no_layer_is_left_in_float(tmp_path, network, batches):
     assert not nodes(tmp_path / "net.onnx", "BatchNormalization", "Identity")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"activation_bits": 8}, {"activation_bits": 4}, {"activation_symmetric": True}, {"range_estimator": "minmax"}],
+)
 @pytest.mark.parametrize("make", [MobileNet, ResNet])
-def test_onnxruntime_fuses_every_layer_into_an_integer_operator(tmp_path, make):
-    x = torch.randn(4, 1, 16, 16)
-    export_onnx(fold(make(), x, weight_bits=4), tmp_path / "net.onnx", x)
+def test_onnxruntime_runs_the_whole_network_in_integers(tmp_path, make, config):
+    x = 5 * torch.randn(4, 1, 16, 16)
+    folded = fold(make(), x, weight_bits=4, **config)
+    folded.head.output_quantizer.log2_scale.data += 0.01
+    export_onnx(folded, tmp_path / "net.onnx", x)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(tmp_path / "fused.onnx")
@@ -203,7 +213,72 @@ def test_onnxruntime_fuses_every_layer_into_an_integer_operator(tmp_path, make):
     counts = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     written = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
     assert (counts["QLinearConv"], counts["QLinearAdd"]) == (written["Conv"], written["Add"])
-    assert not {"Conv", "Add", "Gemm", "MatMul", "Relu", "Clip", "Cast"} & counts.keys()
+    assert counts["QLinearGlobalAveragePool"] == counts["QGemm"] == 1
+    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 1  # of the input, of the output
+    assert not {"Conv", "Add", "Gemm", "MatMul", "Relu", "Cast", "ReduceMean"} & counts.keys()
+
+
+class Ends(nn.Module):
+    """Activations that cut off within the range of their quantizer, which has seen wider values."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv, self.activation, self.last = nn.Conv2d(2, 4, 1), activation(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.activation(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.ReLU6, partial(nn.Hardtanh, -0.3, 0.7), partial(nn.Hardtanh, 0.2, 0.7)]
+)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"activation_bits": 3}, {"activation_bits": 12}, {"activation_bits": 16}, {"activation_symmetric": True}],
+)
+def test_integers_are_cut_off_where_an_activation_ends(tmp_path, activation, config):
+    x = 10 * images()
+    folded = fold(Ends(activation), x, **config)
+    quantizer = folded.activation.output_quantizer
+    quantizer.set_range(torch.tensor(-3.0), torch.tensor(9.0))  # wider than what the activation leaves
+    report = export_onnx(folded, tmp_path / "net.onnx", x)
+    assert report.parity["disabled"].max_lsb <= 1.01
+    clips = nodes(tmp_path / "net.onnx", "Clip", "Relu", "Max", "Min")
+    integers = {node.output[0] for node in nodes(tmp_path / "net.onnx", "QuantizeLinear")}
+    wide = config.get("activation_bits", 8) > 8  # onnxruntime cuts off no integers of 16 bits
+    assert {clip.input[0] for clip in clips} <= integers or wide
+
+
+@pytest.mark.parametrize("reduce", [lambda x: x.mean((2, 3)), lambda x: x.mean((-2, -1), keepdim=True).flatten(1)])
+def test_global_means_are_pooled(tmp_path, reduce):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(reduce(F.relu(self.conv(x))))
+
+    x = images()
+    export_onnx(fold(Pooled(), x), tmp_path / "net.onnx", x)
+    assert len(nodes(tmp_path / "net.onnx", "GlobalAveragePool")) == 1
+    assert not nodes(tmp_path / "net.onnx", "ReduceMean")
+    assert run(tmp_path / "net.onnx", images(2))[0].shape == (2, 3)
+
+
+def test_a_mean_over_one_axis_and_one_in_float_stay(tmp_path):
+    class Means(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Conv1d(4, 3, 1)
+
+        def forward(self, x):
+            return self.head(F.relu(self.conv(x)).mean(3))
+
+    x = images()
+    for bits in (8, None):
+        export_onnx(fold(Means(), x, activation_bits=bits), tmp_path / "net.onnx", x)
+        assert len(nodes(tmp_path / "net.onnx", "ReduceMean")) == 1
 
 
 def test_loads_at_every_optimization_level_and_with_exact_kernels(tmp_path):
