@@ -174,7 +174,72 @@ def test_axis_is_that_of_the_output_channels(tmp_path, layer, axis):
     assert entries["0.weight"].get("axis") == axis
 
 
-@pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "3", "", None])
+def grids(document):
+    """Name to the smallest and the largest value of each channel, and to the bits, from any version."""
+    if document["version"] == "2.0.0":
+        found = {}
+        for entry in document["encodings"]:
+            dtype = entry["output_dtype"]
+            signed, bits = dtype.startswith("int"), int(dtype.lstrip("uint"))
+            low = (-(2 ** (bits - 1)) if signed else 0) - entry.get("y_zero_point", 0)
+            scales = np.atleast_1d(entry["y_scale"])
+            found[entry["name"]] = (low * scales, (low + 2**bits - 1) * scales, bits)
+        return found
+    both = (document["activation_encodings"], document["param_encodings"])
+    if document["version"] == "1.0.0":
+        return {
+            e["name"]: (
+                np.multiply(e["offset"], e["scale"]),
+                np.multiply(np.add(e["offset"], 2 ** e["bw"] - 1), e["scale"]),
+                e["bw"],
+            )
+            for part in both
+            for e in part
+        }
+    return {
+        name: (np.array([e["min"] for e in es]), np.array([e["max"] for e in es]), es[0]["bitwidth"])
+        for part in both
+        for name, es in part.items()
+    }
+
+
+@pytest.mark.parametrize("config", [{}, {"activation_symmetric": True, "weight_bits": 4}, {"activation_bits": None}])
+def test_all_versions_say_the_same(tmp_path, config):
+    x = torch.rand(6, 2, 8, 8) * 3 - 1
+    folded = fold(small(), x, **config)
+    newest, *others = (
+        export_encodings(folded, tmp_path / "net.json", version) for version in ("2.0.0", "1.0.0", "0.6.1")
+    )
+    expected = grids(newest)
+    for document in others:
+        found = grids(document)
+        assert found.keys() == expected.keys()
+        for name, (low, high, bits) in expected.items():
+            assert found[name][2] == bits
+            np.testing.assert_allclose(found[name][0], low, rtol=1e-6)
+            np.testing.assert_allclose(found[name][1], high, rtol=1e-6)
+        assert document["quantizer_args"]["per_channel_quantization"] is True
+        assert document["quantizer_args"]["param_bitwidth"] == config.get("weight_bits", 8)
+
+
+def test_truth_and_offsets_as_readers_of_each_version_expect_them(tmp_path):
+    folded = fold(small(), images())
+    old = export_encodings(folded, tmp_path / "net.json", "0.6.1")
+    weight = old["param_encodings"]["0.weight"]
+    assert len(weight) == 4
+    assert (weight[0]["is_symmetric"], weight[0]["offset"], weight[0]["dtype"]) == ("True", -128, "int")
+    assert weight[0]["max"] == pytest.approx(127 * weight[0]["scale"])
+    relu = old["activation_encodings"]["2"]
+    assert (relu[0]["is_symmetric"], relu[0]["offset"], relu[0]["min"]) == ("False", 0, 0)
+    new = export_encodings(folded, tmp_path / "net.json", "1.0.0")
+    (entry,) = [e for e in new["param_encodings"] if e["name"] == "0.weight"]
+    assert (entry["is_sym"], entry["enc_type"], entry["offset"]) == (True, "PER_CHANNEL", [-128] * 4)
+    (bias,) = [e for e in new["param_encodings"] if e["name"] == "0.bias"]
+    assert (bias["bw"], bias["offset"][0]) == (32, -(2**31))
+    assert {e["enc_type"] for e in new["activation_encodings"]} == {"PER_TENSOR"}
+
+
+@pytest.mark.parametrize("version", ["0.6", "3", "", None])
 def test_unknown_version(tmp_path, version):
     folded = fold(small(), images())
     with pytest.raises(ExportError, match=r"2\.0\.0"):
