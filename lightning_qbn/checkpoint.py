@@ -50,12 +50,22 @@ def load_quantized(cls: type[Module], path: str | Path, *, weights_only: bool = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the quantizers' keys are not expected yet
         module = cls.load_from_checkpoint(path, map_location="cpu", strict=False, weights_only=weights_only, **kwargs)
+    restore(module, saved)
+    return module
+
+
+def restore(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give a module the quantizers, scales and weights of a checkpoint that `QuantizationAwareTraining` wrote.
+
+    Args:
+        module: of the architecture that was trained.
+        saved: content of the checkpoint.
+    """
     if quantizers(module):
         remove_quantizers(module)  # a network among the hyperparameters came with those it had when it was saved
     insert_quantizers(module, as_config(saved[CHECKPOINT_KEY]["config"]))
     restore_form(module, saved[CHECKPOINT_KEY])
     module.load_state_dict(saved["state_dict"])
-    return module
 
 
 def restore_form(module: nn.Module, entry: Mapping[str, Any]) -> None:

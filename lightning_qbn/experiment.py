@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def run(cfg: DictConfig) -> float | None:
     callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
     data: LightningDataModule = instantiate(cfg.data)
     _rehearse(cfg, callbacks)
-    resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in _load(cfg.ckpt_path)
+    resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in load_file(cfg.ckpt_path)
     weights = None if resumes else _float_weights(cfg, data)
     report = next((callback for callback in callbacks if isinstance(callback, RunReport)), None)
     if report is not None:
@@ -98,7 +99,7 @@ def load_float(module: LightningModule, path: str | Path) -> None:
     Raises:
         ConfigurationError: the names of the weights fit neither.
     """
-    saved = _load(path)
+    saved = load_file(path)
     weights = saved.get("state_dict", saved)
     network = getattr(module, "network", module)
     target = max((module, network), key=lambda m: len(m.state_dict().keys() & weights.keys()))
@@ -111,11 +112,17 @@ def load_float(module: LightningModule, path: str | Path) -> None:
     target.load_state_dict(weights)
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def load_file(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint or state_dict, of tensors and plain data alone."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as cause:
         raise ConfigurationError(f"The checkpoint {path} cannot be read: {cause}.") from cause
+    except pickle.UnpicklingError as cause:
+        raise ConfigurationError(
+            f"The checkpoint {path} holds more than tensors and plain data, and would run code when it is loaded. Save "
+            f"the weights alone: torch.save(module.state_dict(), path)."
+        ) from cause
     if not isinstance(saved, dict):
         raise ConfigurationError(f"The checkpoint {path} holds a {type(saved).__name__}, not a dictionary of weights.")
     return saved

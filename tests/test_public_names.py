@@ -47,7 +47,7 @@ def test_unknown_name_is_an_attribute_error():
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import lightning_qbn.train", ("torch", "lightning", "onnx")),
+        ("import lightning_qbn.cli", ("torch", "lightning", "onnx")),
         (
             "import lightning_qbn as q; q.fold_batch_norms, q.reestimate_batch_norms",
             ("lightning", "onnxruntime", "onnx"),

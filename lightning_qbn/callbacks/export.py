@@ -31,17 +31,14 @@ from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
-from lightning_qbn.export.encodings import export_encodings
-from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
-from lightning_qbn.export.program import export_program
+from lightning_qbn.export.formats import SUFFIXES, export_files
+from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, input_of, quiet
 from lightning_qbn.ranks import on_all_ranks
-
-_SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
 
 
 class QuantizedExport(Callback):
@@ -91,8 +88,8 @@ class QuantizedExport(Callback):
         target_fn: TargetFn | None = None,
     ) -> None:
         listed = isinstance(formats, Sequence) and not isinstance(formats, str)
-        if not listed or not formats or any(name not in _SUFFIXES for name in formats):
-            raise ConfigurationError(f"formats must be some of {list(_SUFFIXES)}, found {formats!r}.")
+        if not listed or not formats or any(name not in SUFFIXES for name in formats):
+            raise ConfigurationError(f"formats must be some of {list(SUFFIXES)}, found {formats!r}.")
         if not isinstance(path, str | os.PathLike):
             raise ConfigurationError(f"path must be that of a file, such as 'model.onnx', found {path!r}.")
         if forward_fn is not None and not callable(forward_fn):
@@ -236,15 +233,7 @@ class QuantizedExport(Callback):
         self.folded = folded  # type: ignore[assignment]
         self.network = uncompiled_name(self.network)
         target = folded.get_submodule(self.network) if self.network else folded
-        files = {name: self.path.with_name(self.path.stem + suffix) for name, suffix in _SUFFIXES.items()}
-        files["onnx"] = self.path
         config = getattr(module, "quantization_config", None)
-        if "onnx" in self.formats:
-            entries = {"quantization_config": config.to_dict()} if config else {}
-            metadata = describe({**entries, "source": asdict(self.source) if self.source else None})
-            self.report = export_onnx(target, files["onnx"], example, metadata)
-        if "encodings" in self.formats:
-            export_encodings(target, files["encodings"])
-        if "program" in self.formats:
-            export_program(target, files["program"], example)
-        self.files = {name: files[name] for name in self.formats}
+        entries: dict[str, Any] = {"quantization_config": config.to_dict()} if config else {}
+        entries["source"] = asdict(self.source) if self.source else None
+        self.files, self.report = export_files(target, self.path, self.formats, example, entries)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
@@ -25,7 +25,7 @@ from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationError, QuantizationWarning
-from lightning_qbn.export.runtime import run_session, session
+from lightning_qbn.export.loaded import ExportedFile
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.passes import ForwardFn, default_forward
@@ -176,24 +176,10 @@ class RunReport(Callback):
             self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})
 
 
-class _Session(nn.Module):
-    """A network that is an ONNX file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.loaded = session(path)
-
-    def forward(self, *args: Any) -> Any:
-        # The file is of float32, whatever the precision of training.
-        tensors = (x.float() if x.is_floating_point() else x for x in args if isinstance(x, Tensor))
-        outputs = run_session(self.loaded, tuple(tensors))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
 @contextmanager
 def running_file(module: LightningModule, network: str, path: Path) -> Iterator[None]:
     """Let a LightningModule run an exported file in the place of its network, so that it is measured alike."""
-    runner = _Session(path)
+    runner = ExportedFile(path)
     if not network:
         module.__dict__["forward"] = runner
         try:

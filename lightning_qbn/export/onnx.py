@@ -142,14 +142,14 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
     model = program.model
     with _quiet_exporter():
         fold_constants(model)
-    RemoveUnusedNodesPass()(model)
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    pool_globally(model)
-    clip_integers(model)
-    name_values(model)
-    _forget_sources(model)
-    RemoveUnusedNodesPass()(model)
-    return onnx_ir.to_proto(model)
+        RemoveUnusedNodesPass()(model)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        pool_globally(model)
+        clip_integers(model)
+        name_values(model)
+        _forget_sources(model)
+        RemoveUnusedNodesPass()(model)
+        return onnx_ir.to_proto(model)
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""The command ``lightning-qbn``: the main job, and what can be done with its results: ``export``, ``evaluate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import hydra
+
+from lightning_qbn.train import main as train
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """Run the command that the first word names; without one of them, the main job."""
+    commands = {"train": train, "export": export, "evaluate": evaluate}
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in commands:
+        del sys.argv[1]
+    commands.get(word, train)()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_qbn.configs", config_name="export_run")
+def export(cfg: DictConfig) -> float:
+    """Export a finished run once more, from its checkpoint; returns the accuracy of the file."""
+    from lightning_qbn.commands import export
+
+    return export(cfg)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_qbn.configs", config_name="evaluate")
+def evaluate(cfg: DictConfig) -> float:
+    """Measure an exported file on a data module; returns its accuracy."""
+    from lightning_qbn.commands import evaluate
+
+    return evaluate(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Write a folded network in several formats, beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qbn.export.encodings import export_encodings
+from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
+from lightning_qbn.export.program import export_program
+
+SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
+
+
+def export_files(
+    folded: nn.Module,
+    path: Path,
+    formats: Sequence[str],
+    example: Tensor | tuple[Any, ...],
+    entries: dict[str, Any],
+) -> tuple[dict[str, Path], ExportReport | None]:
+    """Write a folded network in some formats, beside each other; the ONNX file has the given path.
+
+    Args:
+        folded: result of `fold_batch_norms`.
+        path: of the ONNX file.
+        formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
+        example: arguments of the network.
+        entries: plain data for the metadata of the ONNX file.
+    """
+    files = {name: path.with_name(path.stem + suffix) for name, suffix in SUFFIXES.items()}
+    files["onnx"] = path
+    report = export_onnx(folded, path, example, describe(entries)) if "onnx" in formats else None
+    if "encodings" in formats:
+        export_encodings(folded, files["encodings"])
+    if "program" in formats:
+        export_program(folded, files["program"], example)
+    return {name: files[name] for name in formats}, report
