@@ -50,9 +50,9 @@ def test_command_composes(command, tmp_path):
         (tmp_path / "my_configs/experiment").mkdir(parents=True)
         (tmp_path / "my_configs/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\n")
     if "--help" not in words:
-        words = ["--cfg", "job", *[re.sub(r"=([^,\[]+),.*", r"=\1", word) for word in words if word != "-m"]]
+        words = [*[re.sub(r"=([^,\[]+),.*", r"=\1", word) for word in words if word != "-m"], "--cfg", "job"]
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_qbn.train", *words], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "lightning_qbn.cli", *words], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
