@@ -67,7 +67,8 @@ def export(cfg: DictConfig) -> float:
             raise SystemExit(f"Nothing was exported: the metric is {found:.4g}, below minimum={cfg.export.minimum:g}.")
     example = (input_of(next(iter(loader))),)
     network = folded.get_submodule("network") if hasattr(folded, "network") else folded
-    files, _ = export_files(network, Path(cfg.export.path), cfg.export.formats, example, {"source": str(cfg.ckpt_path)})
+    entries, form = {"source": str(cfg.ckpt_path)}, (cfg.export.target, cfg.export.weight_storage)
+    files, _ = export_files(network, Path(cfg.export.path), cfg.export.formats, example, entries, *form)
     for path in files.values():
         Console().print(f"wrote {path}", highlight=False)
     return _evaluate(cfg, files["onnx"], name, loader) if "onnx" in files else float("nan")

@@ -33,6 +33,7 @@ from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
 from lightning_qbn.export.formats import SUFFIXES, export_files
 from lightning_qbn.export.onnx import ExportReport
+from lightning_qbn.export.targets import check_form
 from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
 from lightning_qbn.insertion import outermost_networks
@@ -50,6 +51,8 @@ class QuantizedExport(Callback):
         formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
         example_input: tensor, or tuple of the network's arguments; default: a validation or training batch.
         forward_fn: ``forward_fn(pl_module, batch)``; default: the module on the first element of the batch.
+        target: the runtime that the ONNX file is for; see `export_onnx`.
+        weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less.
         metric: a torchmetrics metric for the two bounds, measured on the test loader where the data has one, else on
             the validation loader.
         minimum: write files only if the metric at the end is at least this.
@@ -86,6 +89,8 @@ class QuantizedExport(Callback):
         minimum: float | None = None,
         max_drop: float | None = None,
         target_fn: TargetFn | None = None,
+        target: str = "onnxruntime",
+        weight_storage: str = "int8",
     ) -> None:
         listed = isinstance(formats, Sequence) and not isinstance(formats, str)
         if not listed or not formats or any(name not in SUFFIXES for name in formats):
@@ -94,6 +99,8 @@ class QuantizedExport(Callback):
             raise ConfigurationError(f"path must be that of a file, such as 'model.onnx', found {path!r}.")
         if forward_fn is not None and not callable(forward_fn):
             raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
+        check_form(target, weight_storage)
+        self.form = {"target": target, "weight_storage": weight_storage}
         self.path = Path(path)
         self.formats = tuple(formats)
         self.example_input = example_input
@@ -236,4 +243,4 @@ class QuantizedExport(Callback):
         config = getattr(module, "quantization_config", None)
         entries: dict[str, Any] = {"quantization_config": config.to_dict()} if config else {}
         entries["source"] = asdict(self.source) if self.source else None
-        self.files, self.report = export_files(target, self.path, self.formats, example, entries)
+        self.files, self.report = export_files(target, self.path, self.formats, example, entries, **self.form)

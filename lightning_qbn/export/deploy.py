@@ -76,12 +76,13 @@ class DeployedWeight(nn.Module):
         return apply_weight(layer, input, weight, bias, output_size)
 
 
-def deploy(folded: nn.Module, unsigned: bool = False) -> nn.Module:
+def deploy(folded: nn.Module, unsigned: bool = False, int32_bias: bool = True) -> nn.Module:
     """A copy of a folded network in deployed form.
 
     Args:
         folded: result of `fold_batch_norms`.
         unsigned: integers of activations start at 0 also where they were trained as symmetric ones.
+        int32_bias: where the input of a layer is quantized, its bias is int32.
 
     Raises:
         ExportError: the network is not folded, or a bias does not fit int32.
@@ -98,7 +99,7 @@ def deploy(folded: nn.Module, unsigned: bool = False) -> nn.Module:
         sources |= {join(prefix, name): source for name, source in _sources(root).items()}
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
-            _deploy_layer(name, module, sources.get(name), unsigned)
+            _deploy_layer(name, module, sources.get(name), unsigned, int32_bias)
         elif isinstance(module, FakeQuantize):
             owner, _, attribute = name.rpartition(".")
             fixed = QuantizeDequantize(module, unsigned) if module.is_calibrated else nn.Identity()
@@ -135,13 +136,13 @@ def _sources(root: QuantizedNetwork) -> dict[str, _Source]:
     return {name: source for name, source in found.items() if name not in conflicting}
 
 
-def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None, unsigned: bool) -> None:
+def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None, unsigned: bool, int32_bias: bool) -> None:
     plain = cast(WeightLayer, layer)
     source = None if found is None else found.quantizer
     bias = None if plain.bias is None else plain.bias.detach()
     bias_scale = bias_integers = None
     constant: list[int] = []
-    if source is not None and bias is not None:
+    if source is not None and bias is not None and int32_bias:
         constant = _make_constant(name, layer, bias, source)
         bias_scale = layer.weight_scale.flatten().float() * source.scale.detach().float()
         bias_integers = (bias.double() / bias_scale.double()).round().to(torch.int32)

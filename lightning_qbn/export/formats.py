@@ -21,6 +21,8 @@ def export_files(
     formats: Sequence[str],
     example: Tensor | tuple[Any, ...],
     entries: dict[str, Any],
+    target: str = "onnxruntime",
+    weight_storage: str = "int8",
 ) -> tuple[dict[str, Path], ExportReport | None]:
     """Write a folded network in some formats, beside each other; the ONNX file has the given path.
 
@@ -30,10 +32,14 @@ def export_files(
         formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
         example: arguments of the network.
         entries: plain data for the metadata of the ONNX file.
+        target: as for `export_onnx`.
+        weight_storage: as for `export_onnx`.
     """
     files = {name: path.with_name(path.stem + suffix) for name, suffix in SUFFIXES.items()}
     files["onnx"] = path
-    report = export_onnx(folded, path, example, describe(entries)) if "onnx" in formats else None
+    report = None
+    if "onnx" in formats:
+        report = export_onnx(folded, path, example, describe(entries), target, weight_storage)
     if "encodings" in formats:
         export_encodings(folded, files["encodings"])
     if "program" in formats:

@@ -109,17 +109,25 @@ def check_graph(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, 
     return verdict
 
 
-def choose_kernels(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> Shipment:
+def choose_kernels(
+    deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], remedies: bool = True
+) -> Shipment:
     """Gate B: with the optimizations, kernels and processor that run it.
 
     Where this processor's kernels saturate, as those for uint8 times int8 do without VNNI, the fastest remedy that is
     exact is chosen, and that is said.
 
+    Args:
+        deployed: result of `deploy`.
+        proto: the file.
+        inputs: arguments of the network, a batch.
+        remedies: False where another runtime is to run the file: it stays as it is, and is measured.
+
     Raises:
         ExportError: no remedy helps; names the first layer that differs.
     """
     plain = Shipment(proto, SessionOptions(), judge(deployed, proto, inputs, SessionOptions()))
-    if plain.verdict.passed:
+    if plain.verdict.passed or not remedies:
         return plain
     found = []
     for name, remedy in REMEDIES.items():

@@ -22,8 +22,9 @@ from lightning_qbn.export.inputs import as_deployed, dynamic_batch, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity
-from lightning_qbn.export.rewrites import clip_integers, pool_globally
+from lightning_qbn.export.rewrites import store_as_int4
 from lightning_qbn.export.runtime import SessionOptions
+from lightning_qbn.export.targets import TARGETS, Target, check_form
 from lightning_qbn.files import atomic
 from lightning_qbn.garbage import collected_later
 
@@ -70,6 +71,8 @@ def export_onnx(
     path: str | Path,
     example_input: Tensor | tuple[Any, ...],
     metadata: dict[str, str] | None = None,
+    target: str = "onnxruntime",
+    weight_storage: str = "int8",
 ) -> ExportReport:
     """Write a folded network as an ONNX file with integer weights, and compare it with the simulation.
 
@@ -84,6 +87,10 @@ def export_onnx(
         example_input: a real batch, the tensor or the tuple of arguments of forward; it sets ranks and
             dtypes (the batch size stays dynamic) and is the data of the comparison.
         metadata: more entries for the file's ``metadata_props``.
+        target: the runtime that the file is for: ``"onnxruntime"``, ``"openvino"``, or ``"tensorrt"``, which needs
+            symmetric 8-bit activations. The comparison is made in onnxruntime.
+        weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less: half the size, and slower where a
+            runtime has no kernels for it, as onnxruntime on CPUs.
 
     Raises:
         ExportError: the network is not folded or cannot be exported, or onnxruntime computes something else; then no
@@ -91,8 +98,11 @@ def export_onnx(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inputs = as_deployed(inputs)
-    deployed = deploy(folded, unsigned=True).cpu().float()
-    proto = _convert(deployed, inputs)
+    check_form(target, weight_storage)
+    runtime = TARGETS[target]
+    deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
+    runtime.check(deployed)
+    proto = _convert(deployed, inputs, runtime, weight_storage == "int4")
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
@@ -101,7 +111,7 @@ def export_onnx(
 
         onnx.checker.check_model(proto, full_check=True)
         graph = check_graph(deployed, proto, inputs)
-        shipped = choose_kernels(deployed, proto, inputs)
+        shipped = choose_kernels(deployed, proto, inputs, remedies=target == "onnxruntime")
         onnx.save(shipped.proto, str(temporary))
         size = temporary.stat().st_size
         shipped.options.write_beside(path)
@@ -114,7 +124,9 @@ def export_onnx(
     )
 
 
-def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
+def _convert(
+    deployed: nn.Module, inputs: tuple[Any, ...], runtime: Target = TARGETS["onnxruntime"], int4: bool = False
+) -> onnx.ModelProto:
     import onnx_ir
     from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants
@@ -144,9 +156,10 @@ def _convert(deployed: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
         fold_constants(model)
         RemoveUnusedNodesPass()(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        pool_globally(model)
-        clip_integers(model)
+        runtime.rewrite(model)
         name_values(model)
+        if int4:
+            store_as_int4(model)
         _forget_sources(model)
         RemoveUnusedNodesPass()(model)
         return onnx_ir.to_proto(model)

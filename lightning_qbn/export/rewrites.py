@@ -111,6 +111,26 @@ def _constant(value: onnx_ir.Value | None) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def store_as_int4(model: onnx_ir.Model) -> None:
+    """Weights whose integers fit 4 bits are stored in half a byte each."""
+    import ml_dtypes
+    import onnx_ir
+
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        weight = node.inputs[0]
+        values = _constant(weight)
+        if weight is None or values is None or values.dtype != np.int8 or values.min() < -8 or values.max() > 7:
+            continue
+        for index in (0, 2):
+            old = node.inputs[index] if index < len(node.inputs) else None
+            if old is None or old.const_value is None or old.name is None:
+                continue
+            packed = onnx_ir.Tensor(
+                old.const_value.numpy().astype(ml_dtypes.int4), dtype=onnx_ir.DataType.INT4, name=old.name
+            )
+            old.const_value, old.type = packed, onnx_ir.TensorType(onnx_ir.DataType.INT4)
+
+
 def _axes(mean: onnx_ir.Node) -> set[int]:
     axes = mean.inputs[1] if len(mean.inputs) > 1 else None
     if axes is None or axes.const_value is None:

@@ -139,6 +139,18 @@ def test_program_computes_what_was_trained(make_trainer, tmp_path):
     assert (difference < 1e-5).float().mean() > 0.8
 
 
+def test_target_and_storage_reach_the_file(make_trainer, tmp_path):
+    config = QuantizationConfig(4, 8, activation_symmetric=True)
+    form = {"target": "tensorrt", "weight_storage": "int4"}
+    export = QuantizedExport(str(tmp_path / "model.onnx"), formats=["onnx"], **form)
+    make_trainer(QuantizationAwareTraining(config), export, max_epochs=1).fit(Inside(), train_loader(), val_loader())
+    types = {tensor.data_type for tensor in onnx.load(export.files["onnx"]).graph.initializer}
+    assert onnx.TensorProto.INT4 in types
+    assert not {onnx.TensorProto.UINT8, onnx.TensorProto.INT32} & types
+    with pytest.raises(ConfigurationError, match="target must be one of"):
+        QuantizedExport(target="coreml")
+
+
 @pytest.mark.parametrize("formats", ["onnx", (), ("onnx", "tflite"), [3]])
 def test_wrong_formats_are_found_at_construction(formats):
     with pytest.raises(ConfigurationError, match="formats must be some of"):

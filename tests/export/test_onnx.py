@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from lightning_qbn import (
+    ConfigurationError,
     ExportError,
     QuantizationConfig,
     calibrate_quantizers,
@@ -28,7 +30,9 @@ from lightning_qbn import (
     integer_weights,
 )
 from lightning_qbn.demo.networks import MobileNet, ResNet
+from lightning_qbn.export import gates
 from lightning_qbn.export import onnx as onnx_module
+from lightning_qbn.export.stepwise import Step
 
 
 class Net(nn.Module):
@@ -529,3 +533,68 @@ def test_tuple_input(tmp_path):
     report = export_onnx(fold(Tuple(), *inputs), tmp_path / "net.onnx", inputs)
     assert report.parity["disabled"].max_lsb <= 1
     assert run(tmp_path / "net.onnx", images(2), torch.randn(2, 3))[0].shape == (2, 2)
+
+
+# Targets
+
+
+def test_tensorrt_gets_symmetric_int8_and_float_biases(tmp_path):
+    x = torch.randn(4, 1, 16, 16)
+    report = export_onnx(fold(ResNet(), x, activation_symmetric=True), tmp_path / "net.onnx", x, target="tensorrt")
+    arrays = initializers(tmp_path / "net.onnx")
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    users = {name: node.op_type for node in graph.node for name in node.input}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_points, kind = arrays[node.input[2]]
+            assert kind == TensorProto.INT8
+            assert not zero_points.any()
+        if node.op_type == "QuantizeLinear":
+            assert users[node.output[0]] == "DequantizeLinear"  # nothing in between
+        if node.op_type in ("Conv", "Gemm"):
+            assert arrays[node.input[2]][1] == TensorProto.FLOAT
+    assert report.int32_bias == ()
+    assert report.parity["disabled"].max_lsb <= 1.01
+
+
+@pytest.mark.parametrize("config", [{}, {"activation_symmetric": True, "activation_bits": 4}])
+def test_tensorrt_has_no_other_integers(tmp_path, config):
+    folded = fold(Net(), images(), **config)
+    with pytest.raises(ExportError, match=r"stem\.2\.output_quantizer.*activation_symmetric=True"):
+        export_onnx(folded, tmp_path / "net.onnx", images(), target="tensorrt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_runtimes_get_the_file_as_it_is(tmp_path, monkeypatch):
+    """Remedies are for onnxruntime's kernels on this processor."""
+    original = gates.judge
+
+    def judge(deployed, proto, inputs, options):
+        found = original(deployed, proto, inputs, options)
+        return found if options.level == "disabled" else replace(found, wrong=Step("stem.2", 20, 0.76, 100, 256))
+
+    monkeypatch.setattr(gates, "judge", judge)
+    report = export_onnx(fold(Net(), images()), tmp_path / "net.onnx", images(), target="openvino")
+    assert report.remedy is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_int4_storage(tmp_path, bits):
+    x = torch.randn(4, 1, 16, 16)
+    folded = fold(ResNet(), x, weight_bits=bits, overrides={"head": {"weight_bits": 8}})
+    wide = export_onnx(folded, tmp_path / "wide.onnx", x)
+    report = export_onnx(folded, tmp_path / "net.onnx", x, weight_storage="int4")
+    assert report.bytes < 0.75 * wide.bytes
+    assert report.parity["all"].max_lsb <= 1.01
+    arrays = initializers(tmp_path / "net.onnx")
+    for name, integers in integer_weights(folded).items():
+        array, kind = arrays[f"{name}.weight_integers"]
+        assert kind == (TensorProto.INT8 if name == "head" else TensorProto.INT4)
+        assert np.array_equal(array.astype(int), integers.numpy().astype(int))
+
+
+@pytest.mark.parametrize("form", [{"target": "coreml"}, {"target": None}, {"weight_storage": "int2"}])
+def test_unknown_forms(tmp_path, form):
+    with pytest.raises(ConfigurationError, match="must be one of"):
+        export_onnx(fold(Net(), images()), tmp_path / "net.onnx", images(), **form)
+    assert list(tmp_path.iterdir()) == []
