@@ -7,8 +7,10 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from lightning_qbn.aimet_config import settings_of
 from lightning_qbn.errors import ConfigurationError
 
 _CHOICES = {
@@ -82,6 +84,22 @@ class QuantizationConfig:
         object.__setattr__(self, "overrides", {p: dict(s) for p, s in self.overrides.items()})
         for pattern, settings in self.overrides.items():
             self._with(pattern, settings)
+
+    @classmethod
+    def from_aimet(cls, path: str | Path, **settings: Any) -> QuantizationConfig:
+        """The config that a quantsim configuration file of AIMET describes.
+
+        Granularity of weights, symmetry of activations and whether they are quantized come from the file. Bits are no
+        part of it. Bias becomes int32 when it is exported, whatever the file says.
+
+        Args:
+            path: JSON file, such as ``default_config_per_channel.json``.
+            **settings: fields of the config, such as ``weight_bits=4``; they come before those of the file.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or asks for what cannot be done.
+        """
+        return cls(**(settings_of(path) | settings))
 
     def _with(self, pattern: str, settings: Mapping[str, Any]) -> QuantizationConfig:
         """This config with the settings of one override."""
