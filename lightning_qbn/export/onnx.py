@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import DeployedWeight, deploy
-from lightning_qbn.export.gates import check_graph, choose_kernels
+from lightning_qbn.export.gates import Shipment, check_graph, choose_kernels
 from lightning_qbn.export.inputs import as_deployed, dynamic_batch, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
@@ -111,7 +111,10 @@ def export_onnx(
 
         onnx.checker.check_model(proto, full_check=True)
         graph = check_graph(deployed, proto, inputs)
-        shipped = choose_kernels(deployed, proto, inputs, remedies=target == "onnxruntime")
+        # Another runtime has other kernels: onnxruntime runs the file as it is written.
+        shipped = Shipment(proto, SessionOptions("disabled"), graph)
+        if target == "onnxruntime":
+            shipped = choose_kernels(deployed, proto, inputs)
         onnx.save(shipped.proto, str(temporary))
         size = temporary.stat().st_size
         shipped.options.write_beside(path)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
+_COMPUTING = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul"}  # operators with integer kernels
+
+
 def pool_globally(model: onnx_ir.Model) -> None:
     """A mean over both axes of an image becomes GlobalAveragePool, of which there are integer kernels.
 
@@ -47,13 +50,14 @@ def clip_integers(model: onnx_ir.Model) -> None:
     """A ReLU or Clip before a quantizer cuts off its integers instead, where they do not end there anyway.
 
     Rounding keeps the order of values, so it is the same, and a runtime finds the quantizer directly behind the layer.
+    Only there: where a rounded tensor would be rounded again at once, onnxruntime makes one rounding of the two.
     """
     for quantizer in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         source = quantizer.inputs[0]
         clip = source.producer() if source is not None else None
         if source is None or clip is None or len(list(source.uses())) != 1 or source.is_graph_output():
             continue
-        ends = _ends(clip)
+        ends = _ends(clip) if _is_computed(clip.inputs[0]) else None
         scale, zero_point = (_constant(value) for value in quantizer.inputs[1:3])
         if ends is None or scale is None or zero_point is None or scale.size != 1 or zero_point.itemsize > 1:
             continue
@@ -61,6 +65,11 @@ def clip_integers(model: onnx_ir.Model) -> None:
         model.graph.remove(clip, safe=True)
         steps = np.array(ends, np.float32) / scale.astype(np.float32).reshape(())
         _cut_off(model, quantizer, np.rint(steps) + int(zero_point), np.iinfo(zero_point.dtype))
+
+
+def _is_computed(value: onnx_ir.Value | None) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type in _COMPUTING
 
 
 def _cut_off(model: onnx_ir.Model, quantizer: onnx_ir.Node, ends: np.ndarray[Any, Any], storage: Any) -> None:

@@ -46,7 +46,7 @@ class Step:
 
 def compare_stepwise(
     deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], options: SessionOptions
-) -> tuple[list[Step], float]:
+) -> tuple[list[Step], float, list[Tensor]]:
     """Run a file, and the deployed network on the integers of the file.
 
     Args:
@@ -56,8 +56,8 @@ def compare_stepwise(
         options: to run the file with.
 
     Returns:
-        The quantized tensors in the order of their computation; and, for outputs that are in float, the largest
-        difference that is left behind the last quantizer, as a share of the largest value.
+        The quantized tensors in the order of their computation; for outputs that are in float, the largest
+        difference that is left behind the last quantizer, as a share of the largest value; and the outputs.
     """
     zero_points, content = _with_integers(proto)
     outputs = run_session(session(content, options), tuple(tensors_in(inputs)))
@@ -71,7 +71,7 @@ def compare_stepwise(
     for want, got in zip(expected, outputs[:last], strict=True):
         if want.is_floating_point() and want.numel():
             rest = max(rest, float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)))
-    return steps, rest
+    return steps, rest, outputs[:last]
 
 
 def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:

@@ -82,7 +82,7 @@ def test_wrong_graph_is_refused_and_the_first_wrong_layer_named(tmp_path, monkey
 def test_every_quantized_tensor_agrees_on_the_integers_before_it(make, config):
     deployed, proto = converted(folded(make, **config))
     for level in ("disabled", "all"):
-        steps, rest = compare_stepwise(deployed, proto, (IMAGES,), SessionOptions(level))
+        steps, rest, _ = compare_stepwise(deployed, proto, (IMAGES,), SessionOptions(level))
         written = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
         assert len({step.name for step in steps}) == len(steps) >= len(written) - 1  # one is repeated behind a flatten
         assert max(step.max_lsb for step in steps) <= 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from lightning_qbn import (
 from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.export import gates
 from lightning_qbn.export import onnx as onnx_module
-from lightning_qbn.export.stepwise import Step
+from lightning_qbn.export.runtime import SessionOptions
 
 
 class Net(nn.Module):
@@ -566,16 +565,41 @@ def test_tensorrt_has_no_other_integers(tmp_path, config):
 
 
 def test_other_runtimes_get_the_file_as_it_is(tmp_path, monkeypatch):
-    """Remedies are for onnxruntime's kernels on this processor."""
-    original = gates.judge
+    """Remedies are for onnxruntime's kernels on this processor, and some int8 graphs it does not optimize at all."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    folded = fold(network, images(), activation_symmetric=True)
+    for target in ("openvino", "tensorrt"):
+        report = export_onnx(folded, tmp_path / "net.onnx", images(), target=target)
+        assert (report.remedy, report.session) == (None, SessionOptions("disabled"))
 
-    def judge(deployed, proto, inputs, options):
-        found = original(deployed, proto, inputs, options)
-        return found if options.level == "disabled" else replace(found, wrong=Step("stem.2", 20, 0.76, 100, 256))
 
-    monkeypatch.setattr(gates, "judge", judge)
-    report = export_onnx(fold(Net(), images()), tmp_path / "net.onnx", images(), target="openvino")
-    assert report.remedy is None
+def test_a_rounding_that_onnxruntime_leaves_out_is_noticed(tmp_path):
+    """It makes one of two quantizers that follow each other, and of its own accord only where nobody reads between."""
+
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 8, 3)
+
+        def forward(self, x):
+            return self.conv(F.relu(x))
+
+    x = images()
+    folded = fold(Again(), x)
+    report = export_onnx(folded, tmp_path / "net.onnx", x)
+    assert report.parity["all"].max_lsb <= 1.01
+    assert len(nodes(tmp_path / "net.onnx", "Relu")) == 1
+    deployed = onnx_module.deploy(folded, unsigned=True).float()
+    proto = onnx_module._convert(deployed, (x,))
+    (relu,) = [node for node in proto.graph.node if node.op_type == "Relu"]
+    for node in proto.graph.node:
+        node.input[:] = [relu.input[0] if name == relu.output[0] else name for name in node.input]
+    proto.graph.node.remove(relu)
+    assert gates.judge(deployed, proto, (x,), SessionOptions("disabled")).passed
+    verdict = gates.judge(deployed, proto, (x,), SessionOptions())
+    assert verdict.lost
+    assert not verdict.passed
+    assert "leaves out a rounding" in str(verdict)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
