@@ -41,6 +41,8 @@ from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, input_of, quiet
 from lightning_qbn.ranks import on_all_ranks
 
+_FLOAT_KEY = "lightning_qbn_metric_in_float"  # in a checkpoint
+
 
 class QuantizedExport(Callback):
     """Fold batch-norm into a copy of the trained network and write it as files.
@@ -109,13 +111,14 @@ class QuantizedExport(Callback):
         self.files: dict[str, Path] = {}
         self._float: float | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The metric of the float network, which a resumed run cannot measure any more."""
-        return {"float": self._float}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called with a checkpoint: note the metric of the float network, which a resumed run cannot measure."""
+        if self._float is not None:
+            checkpoint[_FLOAT_KEY] = self._float
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the metric of the float network."""
-        self._float = state_dict["float"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a run is resumed: take it over."""
+        self._float = checkpoint.get(_FLOAT_KEY, self._float)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: everything that would stop the export is found before training."""

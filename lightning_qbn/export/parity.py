@@ -38,17 +38,6 @@ def measure_parity(
     """Run a file and compare it with the deployed network in torch."""
     with torch.no_grad():
         expected = tensors_in(deployed(*inputs))
-    return compare_outputs(deployed, expected, model, inputs, options)
-
-
-def compare_outputs(
-    deployed: nn.Module,
-    expected: list[Tensor],
-    model: str | Path | bytes,
-    inputs: tuple[Any, ...],
-    options: SessionOptions,
-) -> Parity:
-    """Run a file and compare its outputs with these, in steps of the deployed network."""
     steps = [_output_step(deployed, i) for i in range(len(expected))]
     return _compare(expected, run_session(session(model, options), tuple(tensors_in(inputs))), steps)
 
