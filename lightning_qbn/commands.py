@@ -16,14 +16,19 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lightning_qbn.callbacks.batches import evaluate as measure
+from lightning_qbn.callbacks.batches import forward_of, loader_of
+from lightning_qbn.callbacks.bounds import Bounds
+from lightning_qbn.callbacks.export import FLOAT_KEY
+from lightning_qbn.callbacks.exported import arguments_of, exported_network
 from lightning_qbn.checkpoint import CHECKPOINT_KEY, restore
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.experiment import load_file
-from lightning_qbn.export.formats import export_files
+from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.loaded import ExportedFile
+from lightning_qbn.export.targets import check_form
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.folding import fold_batch_norms
-from lightning_qbn.passes import default_forward, input_of
+from lightning_qbn.passes import default_forward, quiet
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -46,7 +51,12 @@ def export(cfg: DictConfig) -> float:
     Raises:
         ConfigurationError: the checkpoint is not of a quantized run, or of another network.
     """
-    check_writable(Path(cfg.export.path).parent)
+    path, formats = Path(cfg.export.path), cfg.export.formats
+    check_formats(formats)
+    check_form(cfg.export.target, cfg.export.weight_storage)
+    if path.suffix != ".onnx":
+        raise ConfigurationError(f"export.path must be that of an .onnx file, found {str(path)!r}.")
+    check_writable(path.parent)
     cfg = _with_run(cfg)
     saved = load_file(cfg.ckpt_path)
     if CHECKPOINT_KEY not in saved:
@@ -60,18 +70,31 @@ def export(cfg: DictConfig) -> float:
             f"{' '.join(str(cause).split())[:300]} ... Give the model of the run, such as model=resnet."
         ) from cause
     name, loader = _loader(instantiate(cfg.data))
-    folded = fold_batch_norms(module.eval())
-    if cfg.export.minimum is not None:
-        found = measure(folded, loader, instantiate(cfg.model.metric), default_forward, None)
-        if not found >= cfg.export.minimum:
-            raise SystemExit(f"Nothing was exported: the metric is {found:.4g}, below minimum={cfg.export.minimum:g}.")
-    example = (input_of(next(iter(loader))),)
-    network = folded.get_submodule("network") if hasattr(folded, "network") else folded
+    forward_fn = forward_of(module, None)
+    bounds = Bounds(instantiate(cfg.model.metric), cfg.export.minimum, cfg.export.max_drop, None, None)
+    if bounds.asked:
+        _judge(bounds, measure(module, loader, bounds.metric, forward_fn, None), saved)  # type: ignore[arg-type]
+    network = exported_network(module)
+    with quiet(module):
+        example = arguments_of(module, network, lambda: forward_fn(module, next(iter(loader))))
+    folded = fold_batch_norms(module.eval()).get_submodule(network)
     entries, form = {"source": str(cfg.ckpt_path)}, (cfg.export.target, cfg.export.weight_storage)
-    files, _ = export_files(network, Path(cfg.export.path), cfg.export.formats, example, entries, *form)
-    for path in files.values():
-        Console().print(f"wrote {path}", highlight=False)
+    files, _ = export_files(folded, path, formats, example, entries, *form)
+    for written in files.values():
+        Console().print(f"wrote {written}", highlight=False)
     return _evaluate(cfg, files["onnx"], name, loader) if "onnx" in files else float("nan")
+
+
+def _judge(bounds: Bounds, found: float, saved: dict[str, Any]) -> None:
+    """Leave the command where the network does not satisfy."""
+    if bounds.max_drop is not None and FLOAT_KEY not in saved:
+        raise ConfigurationError(
+            f"max_drop={bounds.max_drop:g} compares with the float network, whose metric only a run that had "
+            f"export.max_drop has noted in its checkpoint. Use export.minimum."
+        )
+    refused = bounds.why_not(found, saved.get(FLOAT_KEY))
+    if refused is not None:
+        raise SystemExit(f"Nothing was exported: {refused}.")
 
 
 def _with_run(cfg: DictConfig) -> DictConfig:
@@ -93,11 +116,12 @@ def _loader(data: LightningDataModule) -> tuple[str, Any]:
     """The test loader of a data module, or else its validation loader, and which it is."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     data.prepare_data()
-    for name, stage, hook in (("test", "test", "test_dataloader"), ("validation", "validate", "val_dataloader")):
-        if getattr(type(data), hook) is not getattr(LightningDataModule, hook):
-            data.setup(stage)
-            return name, getattr(data, hook)()
-    raise ConfigurationError(f"{type(data).__name__} has neither a test nor a validation loader.")
+    for stage in ("test", "validate"):
+        data.setup(stage)
+    found = loader_of(data)
+    if found[1] is None:
+        raise ConfigurationError(f"{type(data).__name__} has neither a test nor a validation loader.")
+    return found
 
 
 def _evaluate(cfg: DictConfig, path: Path, name: str, loader: Any) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 from lightning_qbn import __version__
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.export.onnx import ExportReport
+from lightning_qbn.export.parity import Parity
 from lightning_qbn.folding import FoldingReport
 from lightning_qbn.insertion import InsertionReport
 from lightning_qbn.plots import plot_curve, plot_drift, to_svg
@@ -115,11 +116,16 @@ def _parity(record: RunRecord) -> str:
         return f"Nothing was exported: {record.refused}." if record.refused else ""
     parts = []
     for level, name in (("disabled", "graph as written"), ("all", "graph optimized")):
-        found = record.export.parity[level]
-        distance = f"{found.max_lsb:g} LSB" if found.max_lsb is not None else f"{found.max_difference:.2g}"
-        parts.append(f"{name}: at most {distance}, {found.differing:.2%} differ")
+        parts.append(f"{name}: {_distance(record.export.parity[level])}")
+    if (bias := record.export.bias_parity) is not None:
+        parts.append(f"int32 biases: {_distance(bias)}")
     remedy = f" (with {record.export.remedy}, for this processor)" if record.export.remedy else ""
     return "onnxruntime against the simulation, " + "; ".join(parts) + remedy
+
+
+def _distance(found: Parity) -> str:
+    most = f"{found.max_lsb:g} LSB" if found.max_lsb is not None else f"{found.max_difference:.2g}"
+    return f"at most {most}, {found.differing:.2%} differ"
 
 
 def _number(value: float | None) -> str:

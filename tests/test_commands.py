@@ -24,6 +24,10 @@ COMMANDS = {
     "file": ["evaluate", "path=first/model.onnx"],
     "options": ["evaluate", "path=other/model.onnx"],
     "bound": ["export", CHECKPOINT, "export.minimum=1.01"],
+    "drop": ["export", CHECKPOINT, "export.max_drop=0.01"],
+    "formats": ["export", CHECKPOINT, "export.formats=onnx"],
+    "bogus": ["export", CHECKPOINT, "export.formats=[onnx,bogus]"],
+    "ending": ["export", CHECKPOINT, "export.path=out/model.pt2", "export.formats=[onnx,program]"],
     "other model": ["export", CHECKPOINT, "model=mobilenet"],
     "float": ["export", "ckpt_path=float.pt"],
     "pickle": ["export", "ckpt_path=evil.pt"],
@@ -96,7 +100,11 @@ def test_a_file_is_measured(done):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bound", "Nothing was exported: the metric is"),
+        ("bound", "Nothing was exported: MulticlassAccuracy is"),
+        ("drop", "max_drop=0.01 compares with the float network"),
+        ("formats", "formats must be some of"),
+        ("bogus", "formats must be some of"),
+        ("ending", "export.path must be that of an .onnx file"),
         ("other model", "does not fit Classifier"),
         ("float", "float.pt is not of quantization-aware training"),
         ("pickle", "holds more than tensors and plain data"),

@@ -74,12 +74,17 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
 
 def evaluation_loader(trainer: Trainer, module: LightningModule) -> tuple[str, Any]:
     """``("test", loader)`` where the data has one, else ``("validation", loader)``, else ``("", None)``."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    found = loader_of(trainer.datamodule, module)  # type: ignore[attr-defined]
+    return ("validation", trainer.val_dataloaders) if found[1] is None and has_validation(trainer) else found
+
+
+def loader_of(datamodule: Any, module: LightningModule | None = None) -> tuple[str, Any]:
+    """As `evaluation_loader`, of a data module, or of a LightningModule that has loaders itself, without a Trainer."""
     for name, hook in (("test", "test_dataloader"), ("validation", "val_dataloader")):
         for source in (datamodule, module):
             if source is not None and _overrides(source, hook):
                 return name, _loader(datamodule, getattr(source, hook))
-    return ("validation", trainer.val_dataloaders) if has_validation(trainer) else ("", None)
+    return "", None
 
 
 def _loader(datamodule: Any, hook: Callable[[], Any]) -> Any:

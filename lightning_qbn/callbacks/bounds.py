@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
-from lightning_qbn.callbacks.loaders import in_between
+from lightning_qbn.callbacks.batches import TargetFn, evaluation_loader, forward_of
+from lightning_qbn.callbacks.measuring import measured
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.passes import ForwardFn
@@ -74,31 +71,17 @@ class Bounds:
             ConfigurationError: there is no loader to measure it on.
         """
         assert self.metric is not None
-        name, loader = evaluation_loader(trainer, module)
-        if loader is None:
+        on = evaluation_loader(trainer, module)
+        if on[1] is None:
             raise ConfigurationError(
                 "QuantizedExport has a bound and neither a test nor a validation loader to measure its metric on."
             )
-        running = RunningStage.TESTING if name == "test" else RunningStage.VALIDATING
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        with in_between(trainer, module, running, loader):
-            batches: Any = transferred(trainer, loader, device)
-            return evaluate(module, batches, self.metric, forward_of(module, self.forward_fn), self.target_fn)
+        return measured(trainer, module, on, self.metric, forward_of(module, self.forward_fn), self.target_fn)
 
     def measure_float(self, trainer: Trainer, module: LightningModule) -> float:
         """The metric of the float network, before the first step."""
         with switched_off(quantizers(module).values()):
             return self.measure(trainer, module)
-
-    def check_start(self, module: LightningModule, of_float: float | None) -> None:
-        """Raise where the network that training starts with is no float network, and that one's metric is not known."""
-        if self.max_drop is None or of_float is not None:
-            return
-        if any(quantizer.is_calibrated for quantizer in quantizers(module).values()):
-            raise ConfigurationError(
-                f"max_drop={self.max_drop:g} compares with the float network, and this run starts from another one. "
-                f"Use minimum=, or resume from a checkpoint of a run that had max_drop."
-            )
 
     def why_not(self, found: float, of_float: float | None) -> str | None:
         """What the network lacks, or None where it satisfies."""

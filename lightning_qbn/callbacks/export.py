@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.batches import (
@@ -27,21 +26,21 @@ from lightning_qbn.callbacks.batches import (
 from lightning_qbn.callbacks.bounds import Bounds
 from lightning_qbn.callbacks.building import plain
 from lightning_qbn.callbacks.choosing import Chosen
+from lightning_qbn.callbacks.exported import arguments_of, exported_network
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
-from lightning_qbn.export.formats import SUFFIXES, export_files
+from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.export.targets import check_form
+from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
-from lightning_qbn.insertion import outermost_networks
-from lightning_qbn.layers import weight_layers
 from lightning_qbn.passes import ForwardFn, input_of, quiet
 from lightning_qbn.ranks import on_all_ranks
 
-_FLOAT_KEY = "lightning_qbn_metric_in_float"  # in a checkpoint
+FLOAT_KEY = "lightning_qbn_metric_in_float"  # in a checkpoint
 
 
 class QuantizedExport(Callback):
@@ -94,9 +93,7 @@ class QuantizedExport(Callback):
         target: str = "onnxruntime",
         weight_storage: str = "int8",
     ) -> None:
-        listed = isinstance(formats, Sequence) and not isinstance(formats, str)
-        if not listed or not formats or any(name not in SUFFIXES for name in formats):
-            raise ConfigurationError(f"formats must be some of {list(SUFFIXES)}, found {formats!r}.")
+        check_formats(formats)
         if not isinstance(path, str | os.PathLike):
             raise ConfigurationError(f"path must be that of a file, such as 'model.onnx', found {path!r}.")
         if forward_fn is not None and not callable(forward_fn):
@@ -114,11 +111,11 @@ class QuantizedExport(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called with a checkpoint: note the metric of the float network, which a resumed run cannot measure."""
         if self._float is not None:
-            checkpoint[_FLOAT_KEY] = self._float
+            checkpoint[FLOAT_KEY] = self._float
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when a run is resumed: take it over."""
-        self._float = checkpoint.get(_FLOAT_KEY, self._float)
+        self._float = checkpoint.get(FLOAT_KEY, self._float)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: everything that would stop the export is found before training."""
@@ -135,21 +132,13 @@ class QuantizedExport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the module complete: is there a network to export, and which?"""
-        self.bounds.check_start(pl_module, self._float)
-        if not weight_layers(pl_module):
+        self.network = exported_network(pl_module)
+        if not any(quantizer.is_calibrated for quantizer in quantizers(pl_module).values()):
+            self._float = None  # that of an earlier fit: this one starts from a float network of its own
+        elif self.bounds.max_drop is not None and self._float is None:
             raise ConfigurationError(
-                "QuantizedExport found no quantizers. Put QuantizationAwareTraining before it in the Trainer's "
-                "callbacks, or call insert_quantizers(module, config) before fit."
-            )
-        networks = outermost_networks(pl_module)
-        self.network = next(iter(networks)) if len(networks) == 1 else ""
-        if any(not name.startswith(f"{self.network}.") for name in weight_layers(pl_module)):
-            self.network = ""  # other layers belong to what was trained: all of it is exported
-        if not self.network and type(pl_module).forward is LightningModule.forward:
-            raise ConfigurationError(
-                f"{type(pl_module).__name__} has no forward, and its quantized layers are not all in one traced "
-                f"network (there are: {', '.join(networks) or 'none'}), so it is not known what to export. Give it a "
-                f"forward, or leave all but one network in float with QuantizationConfig(skip=[...])."
+                f"max_drop={self.bounds.max_drop:g} compares with the float network, and this run starts from another "
+                f"one. Use minimum=, or resume from a checkpoint of a run that had max_drop."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,27 +204,11 @@ class QuantizedExport(Callback):
 
     def _capture(self, trainer: Trainer, module: LightningModule) -> None:
         """Note the arguments of the network in its first call on a validation batch, or on a training batch."""
-        target = module.get_submodule(self.network) if self.network else module
-        seen: list[tuple[Any, ...]] = []
-
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = inspect.signature(type(target).forward).bind(target, *args, **kwargs)
-            seen.append(tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in bound.args[1:]))
-
-        handle = target.register_forward_pre_hook(note, with_kwargs=True)
         forward_fn = forward_of(module, self.forward_fn)
-        try:
-            with quiet(module), sampled_train_batches(trainer, 1, seed=0) as training:
-                batch = next(validation_batches(trainer), None)
-                forward_fn(module, next(training) if batch is None else batch)
-        finally:
-            handle.remove()
-        if not seen:
-            raise ExportError(
-                f"forward_fn did not call the network {self.network or type(module).__name__!r}, so no example "
-                f"of its input is known. Pass example_input."
-            )
-        self._example = seen[0]
+        with quiet(module), sampled_train_batches(trainer, 1, seed=0) as training:
+            batch = next(validation_batches(trainer), None)
+            example = next(training) if batch is None else batch
+            self._example = arguments_of(module, self.network, lambda: forward_fn(module, example))
 
     def _export(self, module: LightningModule, example: Tensor | tuple[Any, ...]) -> None:
         folded = fold_batch_norms(plain(copy.deepcopy(module)).cpu())

@@ -9,18 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_qbn.callbacks.batches import TargetFn, evaluate, evaluation_loader, forward_of, transferred
+from lightning_qbn.callbacks.batches import TargetFn, evaluation_loader, forward_of
 from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
-from lightning_qbn.callbacks.loaders import in_between
+from lightning_qbn.callbacks.measuring import measured
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
@@ -154,12 +152,8 @@ class RunReport(Callback):
         self._finished = False
 
     def _measure(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
-        """Measure a module, the Trainer's own or a copy of it, on batches that the Trainer's module transfers."""
-        running = RunningStage.TESTING if self.record.measured_on == "test" else RunningStage.VALIDATING
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        with in_between(trainer, module, running, self._loader):
-            batches = transferred(trainer, self._loader, device)
-            self.record.accuracy[stage] = evaluate(module, batches, self.metric, self._forward, self.target_fn)
+        on = (self.record.measured_on, self._loader)
+        self.record.accuracy[stage] = measured(trainer, module, on, self.metric, self._forward, self.target_fn)
 
     def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
         quantization, reestimation = find(trainer, QuantizationAwareTraining), find(trainer, BatchNormReestimation)

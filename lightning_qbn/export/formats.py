@@ -8,11 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.export.encodings import export_encodings
 from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
 from lightning_qbn.export.program import export_program
 
 SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
+
+
+def check_formats(formats: Any) -> None:
+    """Raise ConfigurationError where formats are not some of those that are known."""
+    listed = isinstance(formats, Sequence) and not isinstance(formats, str)
+    if not listed or not formats or any(name not in SUFFIXES for name in formats):
+        raise ConfigurationError(f"formats must be some of {list(SUFFIXES)}, found {formats!r}.")
 
 
 def export_files(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationWarning
 from lightning_qbn.export.inputs import tensors_in
-from lightning_qbn.export.parity import Parity, measure_parity
+from lightning_qbn.export.parity import Parity, distance, measure_parity, outputs_of, range_of
 from lightning_qbn.export.remedies import REMEDIES
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
 from lightning_qbn.export.stepwise import Step, compare_stepwise
@@ -35,7 +35,7 @@ class Verdict:
         parity: of the outputs.
         steps: of single layers; empty where the outputs alone show that all is right.
         wrong: the first layer that differs from the simulation of its own input; None where there is none.
-        rest: where an output is in float: what differs behind the last quantizer, as a share of the largest value.
+        rest: what differs behind the last quantizer; see `compare_stepwise`.
         lost: the runtime computes something else as soon as nobody looks at the integers of single layers.
     """
 
@@ -54,8 +54,8 @@ class Verdict:
         """The diagnosis."""
         if self.wrong is not None:
             return (
-                f"the first layer whose integers differ is {self.wrong.name}: by up to {self.wrong.max_lsb} steps, in "
-                f"{self.wrong.differing:.2%} of its values"
+                f"the first layer whose integers differ is {self.wrong.name}: by up to {self.wrong.max_lsb:g} steps, "
+                f"in {self.wrong.differing:.2%} of its values"
             )
         if self.rest > _MOST_REST:
             return f"all integers agree, and behind the last of them outputs differ by {self.rest:.2g} of their range"
@@ -88,15 +88,14 @@ class Shipment:
 
 def judge(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], options: SessionOptions) -> Verdict:
     """Compare a file with the deployed network in torch on one batch."""
-    content = proto.SerializeToString()
-    parity = measure_parity(deployed, content, inputs, options)
+    outputs = run_session(session(proto.SerializeToString(), options), tuple(tensors_in(inputs)))
+    parity = measure_parity(deployed, outputs_of(deployed, inputs), outputs)
     if parity.max_lsb is not None and parity.max_lsb <= _MOST_LSB and parity.differing <= _MOST_DIFFERING:
         return Verdict(parity)
-    steps, rest, outputs = compare_stepwise(deployed, proto, inputs, options)
+    steps, rest, read = compare_stepwise(deployed, proto, inputs, options)
     wrong = next((step for step in steps if not _is_right(step)), None)
-    # Looked at, each layer keeps its integers. Unseen, a runtime may leave some out: then the outputs are others.
-    unseen = run_session(session(content, options), tuple(tensors_in(inputs)))
-    lost = any(_differing(*pair) > _MOST_DIFFERING for pair in zip(outputs, unseen, strict=True))
+    # While they are read, each layer keeps its integers. Otherwise a runtime may leave out a rounding.
+    lost = any(_differing(*pair) > _MOST_DIFFERING for pair in zip(read, outputs, strict=True))
     return Verdict(parity, tuple(steps), wrong, rest, lost)
 
 
@@ -104,8 +103,7 @@ def _differing(first: Tensor, second: Tensor) -> float:
     """Share of the values that differ by more than 1e-3 of the range, which is less than a step of 8 bits."""
     if not first.numel():
         return 0.0
-    difference = (first.double() - second.double()).abs()
-    return float((difference > _MOST_REST * first.double().abs().max()).double().mean())
+    return float((distance(first, second) > _MOST_REST * range_of(first)).double().mean())
 
 
 def _is_right(step: Step) -> bool:
@@ -131,7 +129,7 @@ def check_graph(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, 
 def choose_kernels(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> Shipment:
     """Gate B: with the optimizations, kernels and processor that run it.
 
-    Where this processor's kernels saturate, as those for uint8 times int8 do without VNNI, the fastest remedy that is
+    Where these are not exact, as those for uint8 times int8 without VNNI, which saturate, the fastest remedy that is
     exact is chosen, and that is said.
 
     Raises:
@@ -152,12 +150,12 @@ def choose_kernels(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[An
     if not found:
         raise ExportError(
             f"onnxruntime's optimized kernels do not compute what was trained: {plain.verdict}. Without optimizations "
-            f"they do. No remedy helps ({', '.join(REMEDIES)}), and no file was written. Update onnxruntime."
+            f"they do. No remedy helps ({', '.join(REMEDIES)}), and no file was written. Please report the network."
         )
     times = _milliseconds([plain, *found], inputs)
     best = min(found, key=lambda shipment: times[str(shipment.remedy)])
     warnings.warn(
-        f"This processor's integer kernels saturate: {plain.verdict}. The file is shipped with {best.remedy}, which is "
+        f"{REMEDIES[str(best.remedy)].cause}: {plain.verdict}. The file is shipped with {best.remedy}, which is "
         f"exact and takes {times[str(best.remedy)] / times['none']:.2f} of the time.",
         QuantizationWarning,
         stacklevel=3,

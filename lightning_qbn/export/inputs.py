@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qbn.errors import ExportError
+
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors, in the order in which an export lists them."""
@@ -15,6 +17,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
+
+
+def check_example(inputs: Any) -> None:
+    """Raise ExportError for a batch on which nothing can be compared."""
+    for x in tensors_in(inputs):
+        if not x.numel():
+            raise ExportError(f"The example has a tensor without values, of shape {tuple(x.shape)}. Give a real batch.")
+        if not bool(x.isfinite().all()):
+            raise ExportError("The example has NaN or infinity in it, so nothing could be compared. Give a real batch.")
 
 
 def as_deployed(value: Any) -> Any:

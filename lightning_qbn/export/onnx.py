@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qbn import __version__
-from lightning_qbn.errors import ExportError, QuantizationError
+from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
 from lightning_qbn.export.deploy import DeployedWeight, deploy
 from lightning_qbn.export.gates import Shipment, check_graph, choose_kernels
-from lightning_qbn.export.inputs import as_deployed, dynamic_batch, tensors_in
+from lightning_qbn.export.inputs import as_deployed, check_example, dynamic_batch, tensors_in
 from lightning_qbn.export.naming import name_values
 from lightning_qbn.export.operators import translations
-from lightning_qbn.export.parity import Parity
+from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
 from lightning_qbn.export.rewrites import store_as_int4
 from lightning_qbn.export.runtime import SessionOptions
 from lightning_qbn.export.targets import TARGETS, Target, check_form
@@ -42,8 +42,11 @@ class ExportReport:
         path: the file.
         bytes: its size.
         parity: comparison with the simulation by onnxruntime's optimization level: ``"disabled"`` shows
-            whether the graph is right, ``"all"`` what this processor's kernels make of it.
+            whether the graph is right, ``"all"`` what this processor's kernels make of it. What they are compared
+            with has int32 biases as well.
         int32_bias: weight layers whose bias is stored as int32.
+        bias_parity: what int32 biases change: the simulation with them against that with float biases, in torch. They
+            are whole numbers of ``input scale * weight scale``, which is coarse at 4 bits and less. None without any.
         constant_channels: weight layer to its dead output channels, which are written as their bias alone
             because it does not fit int32 beside weights so small.
         session: what onnxruntime is to run the file with; also beside it, as ``<name>.session.json``.
@@ -56,6 +59,7 @@ class ExportReport:
     parity: dict[str, Parity]
     int32_bias: tuple[str, ...]
     constant_channels: dict[str, list[int]]
+    bias_parity: Parity | None = None
     session: SessionOptions = field(default_factory=SessionOptions)
     remedy: str | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -89,7 +93,7 @@ def export_onnx(
         metadata: more entries for the file's ``metadata_props``.
         target: the runtime that the file is for: ``"onnxruntime"``, ``"openvino"``, or ``"tensorrt"``, which needs
             symmetric 8-bit activations. The comparison is made in onnxruntime.
-        weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less: half the size, and slower where a
+        weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less: half a byte each, and slower where a
             runtime has no kernels for it, as onnxruntime on CPUs.
 
     Raises:
@@ -98,11 +102,15 @@ def export_onnx(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inputs = as_deployed(inputs)
+    check_example(inputs)
     check_form(target, weight_storage)
+    if Path(path).is_dir():
+        raise ExportError(f"{path} is a folder; give a file in it.")
     runtime = TARGETS[target]
     deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
     runtime.check(deployed)
     proto = _convert(deployed, inputs, runtime, weight_storage == "int4")
+    _warn_of_fixed_batch(proto, folded)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
@@ -122,9 +130,27 @@ def export_onnx(
     biases = tuple(name for name, layer in layers.items() if layer.bias_integers is not None)
     constant = {name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels}
     parity = {"disabled": graph.parity, "all": shipped.verdict.parity}
-    return ExportReport(
-        str(path), size, parity, biases, constant, shipped.options, shipped.remedy, shipped.milliseconds
-    )
+    rounding = None
+    if biases:
+        plain = deploy(folded, runtime.unsigned, int32_bias=False).cpu().float()
+        rounding = measure_parity(deployed, outputs_of(plain, inputs), outputs_of(deployed, inputs))
+    how = (shipped.options, shipped.remedy, shipped.milliseconds)
+    return ExportReport(str(path), size, parity, biases, constant, rounding, *how)
+
+
+def _warn_of_fixed_batch(proto: onnx.ModelProto, folded: nn.Module) -> None:
+    """Where forward reads the batch size as a number, the exporter takes it for a constant, and does not say so."""
+    for value in proto.graph.input:
+        size = value.type.tensor_type.shape.dim
+        if size and not size[0].dim_param:
+            warnings.warn(
+                f"The file takes batches of {size[0].dim_value} only: forward of {type(folded).__name__} makes a "
+                f"number of the batch size, as len(x), int(x.shape[0]) and loops over x do. Write x.shape[0], or "
+                f"flatten(1).",
+                QuantizationWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _convert(

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the file, and what it has to be run with."""
+    """What is wrong where it helps, a change of the file, and what the file has to be run with."""
 
+    cause: str
     change: Callable[[onnx.ModelProto], onnx.ModelProto]
     entries: dict[str, str] = field(default_factory=dict)
 
@@ -33,7 +34,7 @@ def with_unsigned_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_signed_activations(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """uint8 activations ``q`` as int8 ``q - 128``, zero points likewise."""
+    """uint8 activations ``q`` as int8 ``q - 128``: zero points, and the ends at which integers are cut off."""
     return _shifted(proto, np.dtype(np.uint8), np.dtype(np.int8), -128, weights=False)
 
 
@@ -45,11 +46,14 @@ def _shifted(
 
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
+    del changed.graph.value_info[:]  # types that are noted there are the old ones
     tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
     wanted = set()
     for node in changed.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and (node.input[0] in tensors) == weights:
             wanted |= {name for name in (node.input[0], *node.input[2:]) if name in tensors}
+        elif node.op_type == "Clip" and not weights:
+            wanted |= {name for name in node.input[1:] if name in tensors}
     for name in wanted:
         values = onnx.numpy_helper.to_array(tensors[name])
         if values.dtype == old:
@@ -57,8 +61,16 @@ def _shifted(
     return changed
 
 
+_SATURATION = "This processor's integer kernels saturate"
+
 REMEDIES = {
-    "unsigned weights": Remedy(with_unsigned_weights),
-    "signed activations": Remedy(with_signed_activations, {"session.qdqisint8allowed": "1"}),
-    "x64quantprecision": Remedy(_unchanged, {"session.x64quantprecision": "1"}),
+    "unsigned weights": Remedy(_SATURATION, with_unsigned_weights),
+    "signed activations": Remedy(_SATURATION, with_signed_activations, {"session.qdqisint8allowed": "1"}),
+    "x64quantprecision": Remedy(_SATURATION, _unchanged, {"session.x64quantprecision": "1"}),
+    # It takes a layer with float activations for one whose activations it may round.
+    "float accumulation": Remedy(
+        "onnxruntime's kernel for integer matrices rounds float activations",
+        _unchanged,
+        {"session.qdq_matmulnbits_accuracy_level": "1"},
+    ),
 }

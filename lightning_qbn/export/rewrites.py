@@ -38,12 +38,8 @@ def pool_globally(model: onnx_ir.Model) -> None:
         if not keeps and quantizer is not None:
             flat = onnx_ir.Node("", "Flatten", [quantizer.outputs[0]], [onnx_ir.AttrInt64("axis", 1)])
             flat.outputs[0].type, flat.outputs[0].name = quantizer.outputs[0].type, f"{output.name}_flat"
-            flat.outputs[0].shape = quantizer.outputs[0].shape
+            _put_behind(model, quantizer, flat)
             quantizer.outputs[0].shape = None
-            model.graph.insert_after(quantizer, flat)
-            for user, index in list(quantizer.outputs[0].uses()):
-                if user is not flat:
-                    user.replace_input_with(index, flat.outputs[0])
 
 
 def clip_integers(model: onnx_ir.Model) -> None:
@@ -95,11 +91,17 @@ def _cut_off(model: onnx_ir.Model, quantizer: onnx_ir.Node, ends: np.ndarray[Any
         model.graph.register_initializer(values[-1])
     clip = onnx_ir.Node("", "Clip", [integers, *values])
     clip.outputs[0].type, clip.outputs[0].name = kind, f"{integers.name}_clipped"
-    clip.outputs[0].shape = integers.shape
-    model.graph.insert_after(quantizer, clip)
+    _put_behind(model, quantizer, clip)
+
+
+def _put_behind(model: onnx_ir.Model, quantizer: onnx_ir.Node, node: onnx_ir.Node) -> None:
+    """Let the users of a quantizer have what a node makes of its integers."""
+    integers, made = quantizer.outputs[0], node.outputs[0]
+    made.shape = integers.shape
+    model.graph.insert_after(quantizer, node)
     for user, index in list(integers.uses()):
-        if user is not clip:
-            user.replace_input_with(index, clip.outputs[0])
+        if user is not node:
+            user.replace_input_with(index, made)
 
 
 def _ends(node: onnx_ir.Node) -> tuple[float, float] | None:
@@ -125,19 +127,15 @@ def store_as_int4(model: onnx_ir.Model) -> None:
     import ml_dtypes
     import onnx_ir
 
+    wanted: dict[onnx_ir.Value, None] = {}  # a layer that is called twice has one weight and two zero points
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
-        weight = node.inputs[0]
-        values = _constant(weight)
-        if weight is None or values is None or values.dtype != np.int8 or values.min() < -8 or values.max() > 7:
-            continue
-        for index in (0, 2):
-            old = node.inputs[index] if index < len(node.inputs) else None
-            if old is None or old.const_value is None or old.name is None:
-                continue
-            packed = onnx_ir.Tensor(
-                old.const_value.numpy().astype(ml_dtypes.int4), dtype=onnx_ir.DataType.INT4, name=old.name
-            )
-            old.const_value, old.type = packed, onnx_ir.TensorType(onnx_ir.DataType.INT4)
+        values = _constant(node.inputs[0])
+        if values is not None and values.dtype == np.int8 and values.min() >= -8 and values.max() <= 7:
+            wanted |= dict.fromkeys(value for value in (node.inputs[0], *node.inputs[2:]) if value is not None)
+    for value in wanted:
+        narrow = _constant(value).astype(ml_dtypes.int4)
+        value.const_value = onnx_ir.Tensor(narrow, dtype=onnx_ir.DataType.INT4, name=value.name)
+        value.type = onnx_ir.TensorType(onnx_ir.DataType.INT4)
 
 
 def _axes(mean: onnx_ir.Node) -> set[int]:

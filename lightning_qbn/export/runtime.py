@@ -51,7 +51,8 @@ class SessionOptions:
 
 def options_path(path: str | Path) -> Path:
     """Where the options of a file stand: ``model.session.json`` beside ``model.onnx``."""
-    return Path(path).with_suffix(".session.json")
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.onnx')}.session.json")
 
 
 def session(model: str | Path | bytes, options: SessionOptions | None = None) -> Any:

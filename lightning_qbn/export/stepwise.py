@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_qbn.export.deploy import REPEATED, QuantizeDequantize
 from lightning_qbn.export.inputs import tensors_in
 from lightning_qbn.export.naming import tensor_name
+from lightning_qbn.export.parity import distance, outputs_of, range_of
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Step:
     """
 
     name: str
-    max_lsb: int
+    max_lsb: float
     differing: float
     values: int
     levels: int
@@ -56,8 +57,9 @@ def compare_stepwise(
         options: to run the file with.
 
     Returns:
-        The quantized tensors in the order of their computation; for outputs that are in float, the largest
-        difference that is left behind the last quantizer, as a share of the largest value; and the outputs.
+        The quantized tensors in the order of their computation; what is left behind the last quantizer: the largest
+        difference of an output in float, as a share of its largest value, or the share of whole numbers that differ;
+        and the outputs.
     """
     zero_points, content = _with_integers(proto)
     outputs = run_session(session(content, options), tuple(tensors_in(inputs)))
@@ -65,13 +67,17 @@ def compare_stepwise(
     found = zip(zero_points.items(), outputs[last:], strict=True)
     integers = {name: x.to(torch.int32) - zero_point for (name, zero_point), x in found}
     steps: list[Step] = []
-    with torch.no_grad(), _substituted(deployed, integers, steps):
-        expected = tensors_in(deployed(*inputs))
-    rest = 0.0
-    for want, got in zip(expected, outputs[:last], strict=True):
-        if want.is_floating_point() and want.numel():
-            rest = max(rest, float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)))
+    with _substituted(deployed, integers, steps):
+        expected = outputs_of(deployed, inputs)
+    rest = max((_rest(*pair) for pair in zip(expected, outputs[:last], strict=True)), default=0.0)
     return steps, rest, outputs[:last]
+
+
+def _rest(want: Tensor, got: Tensor) -> float:
+    if not want.numel():
+        return 0.0
+    apart = distance(want, got)
+    return float(apart.max()) / range_of(want) if want.is_floating_point() else float((apart > 0).double().mean())
 
 
 def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
@@ -103,10 +109,10 @@ def _substituted(deployed: nn.Module, integers: dict[str, Tensor], steps: list[S
             if found is None or not isinstance(output, Tensor):
                 return None
             ours = (output.double() / module.scale).round()
-            difference, levels = (ours - found).abs(), module.quant_max - module.quant_min + 1
+            difference, levels = distance(ours, found), module.quant_max - module.quant_min + 1
             if count := difference.numel():
                 share = float((difference > 0).double().mean())
-                steps.append(Step(name.removesuffix(".integers"), int(difference.max()), share, count, levels))
+                steps.append(Step(name.removesuffix(".integers"), float(difference.max()), share, count, levels))
             return found.to(output.dtype) * module.scale
 
         return hook

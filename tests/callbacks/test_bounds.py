@@ -111,6 +111,14 @@ def test_resumed_run_knows_the_float_network(make_trainer, tmp_path):
         trainer.fit(Direct(), train_loader(), val_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
+def test_a_second_fit_measures_a_float_network_of_its_own(make_trainer, tmp_path):
+    export = QuantizedExport(str(tmp_path / "model.onnx"), metric=metric(0.5, 0.499), max_drop=0.01)
+    fitted(make_trainer, export)
+    Guess.values = [0.95, 0.6]
+    with pytest.warns(QuantizationWarning, match=r"from 0\.95 in float to 0\.6"):
+        fitted(make_trainer, export)
+
+
 def test_a_drop_from_nothing_is_refused_before_training(make_trainer, tmp_path):
     trainer = make_trainer(QuantizationAwareTraining(CONFIG), max_epochs=1)
     trainer.fit(Direct(), train_loader(), val_loader())

@@ -123,6 +123,51 @@ def test_what_stands_behind_the_last_quantizer_is_compared_too(tmp_path):
     assert "behind the last of them" in str(verdict)
 
 
+class WithWholeNumbers(WithFloatEnd):
+    def forward(self, x):
+        y = self.head(torch.relu(self.conv(x)))
+        return y, y.argmax(1), y > 0
+
+
+@pytest.mark.parametrize(("old", "new"), [("ArgMax", "ArgMin"), ("Greater", "Less")])
+def test_whole_numbers_and_truths_are_compared_too(tmp_path, old, new):
+    network = folded(WithWholeNumbers)
+    report = export_onnx(network, tmp_path / "net.onnx", IMAGES)
+    assert report.parity["all"].differing <= 0.01
+    deployed, proto = converted(network)
+    (node,) = [node for node in proto.graph.node if node.op_type == old]
+    node.op_type = new
+    verdict = judge(deployed, proto, (IMAGES,), SessionOptions("disabled"))
+    assert verdict.parity.differing > 0.01
+    assert not verdict.passed
+
+
+@pytest.mark.parametrize("bits", [8, None])
+def test_nan_is_no_agreement(bits):
+    deployed, proto = converted(folded(WithFloatEnd, activation_bits=bits))
+    (node,) = [node for node in proto.graph.node if node.op_type == "Softmax"]
+    node.op_type = "Log"  # of values of both signs
+    del node.attribute[:]
+    verdict = judge(deployed, proto, (IMAGES,), SessionOptions("disabled"))
+    assert verdict.parity.differing > 0.01
+    assert not verdict.passed
+
+
+@pytest.mark.parametrize("bits", [12, 16, None])
+def test_matrices_of_more_dimensions_are_exact_with_wide_activations(tmp_path, bits):
+    """onnxruntime rounds them by itself unless it is told not to."""
+    x = torch.randn(8, 5, 16)
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    insert_quantizers(network, QuantizationConfig(activation_bits=bits))
+    calibrate_quantizers(network, [x], 1)
+    network = fold_batch_norms(network)
+    with pytest.warns(QuantizationWarning, match="rounds float activations"):
+        report = export_onnx(network, tmp_path / "net.onnx", x)
+    assert report.remedy == "float accumulation"
+    found = run_session(session(tmp_path / "net.onnx"), (x,))[0]
+    assert (found - network(x)).abs().max() < 1e-3 * network(x).abs().max()
+
+
 def test_weights_alone(tmp_path):
     network = folded(weight_bits=4, activation_bits=None)
     assert export_onnx(network, tmp_path / "net.onnx", IMAGES).parity["all"].max_difference < 1e-3
@@ -131,10 +176,11 @@ def test_weights_alone(tmp_path):
     assert not judge(deployed, proto, (IMAGES,), SessionOptions("disabled")).passed
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", list(REMEDIES))
-def test_remedies_compute_the_same(name):
+def test_remedies_compute_the_same(name, bits):
     """Without optimizations to the bit: what they change is which kernels run."""
-    deployed, proto = converted(folded())
+    deployed, proto = converted(folded(activation_bits=bits))
     remedy = REMEDIES[name]
     plain, changed = (
         run_session(session(p.SerializeToString(), SessionOptions(level, remedy.entries)), (IMAGES,))[0]
@@ -209,6 +255,7 @@ def test_options_stand_beside_the_file_and_are_used(tmp_path):
     options = session(path).get_session_options()
     assert options.graph_optimization_level.name == "ORT_DISABLE_ALL"
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    assert options_path("net.1") != options_path("net.2")
     options_path(path).write_text("{")
     with pytest.raises(ExportError, match="session options"):
         session(path)

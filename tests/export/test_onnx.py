@@ -22,6 +22,7 @@ from lightning_qbn import (
     ConfigurationError,
     ExportError,
     QuantizationConfig,
+    QuantizationWarning,
     calibrate_quantizers,
     export_onnx,
     fold_batch_norms,
@@ -511,6 +512,51 @@ def test_failed_conversion_names_the_shapes_and_shows_no_control_characters(tmp_
     assert "channels" in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [len, lambda x: int(x.shape[0])])
+def test_a_batch_size_that_forward_makes_a_number_of_is_said(tmp_path, read):
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(192, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(read(x), -1))
+
+    with pytest.warns(QuantizationWarning, match="batches of 5 only"):
+        export_onnx(fold(Number(), images()), tmp_path / "net.onnx", images())
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [(images(0), "without values"), (images() * float("nan"), "NaN"), (images() * float("inf"), "infinity")],
+)
+def test_an_example_on_which_nothing_can_be_compared(tmp_path, example, message):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(fold(Net(), images()), tmp_path / "net.onnx", example)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "net.onnx").mkdir()
+    with pytest.raises(ExportError, match="is a folder"):
+        export_onnx(fold(Net(), images()), tmp_path / "net.onnx", images())
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_int32_biases_change_is_measured(tmp_path, bits):
+    x = torch.randn(16, 1, 16, 16)
+    folded = fold(MobileNet(), x, weight_bits=bits, activation_bits=8)
+    report = export_onnx(folded, tmp_path / "net.onnx", x)
+    (found,) = run(tmp_path / "net.onnx", x)
+    step = step_of(folded.head.output_quantizer)
+    differing = float(((found - folded(x).detach()).abs() >= 0.5 * step).float().mean())
+    assert report.bias_parity.differing == pytest.approx(differing, abs=0.02)
+    assert report.bias_parity.max_lsb == pytest.approx(difference(found, folded(x)) / step, abs=1.01)
+    without = export_onnx(fold(Net(), images(), activation_bits=None), tmp_path / "float.onnx", images())
+    assert (without.int32_bias, without.bias_parity) == ((), None)
+
+
 def test_export_leaves_the_folded_network_as_it_was_and_can_be_repeated(tmp_path):
     x = images()
     folded = fold(Net().double(), x.double())
@@ -615,6 +661,21 @@ def test_int4_storage(tmp_path, bits):
         array, kind = arrays[f"{name}.weight_integers"]
         assert kind == (TensorProto.INT8 if name == "head" else TensorProto.INT4)
         assert np.array_equal(array.astype(int), integers.numpy().astype(int))
+
+
+def test_int4_storage_of_a_layer_that_is_called_twice(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+
+        def forward(self, x):
+            return self.conv(F.relu(self.conv(x)))
+
+    report = export_onnx(fold(Twice(), images(), weight_bits=4), tmp_path / "net.onnx", images(), weight_storage="int4")
+    assert report.parity["disabled"].max_lsb <= 1.01
+    weights = [kind for name, (_, kind) in initializers(tmp_path / "net.onnx").items() if "weight_integers" in name]
+    assert weights == [TensorProto.INT4]
 
 
 @pytest.mark.parametrize("form", [{"target": "coreml"}, {"target": None}, {"weight_storage": "int2"}])
