@@ -40,6 +40,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def kept_on_failure(path: str | Path) -> Iterator[None]:
+    """What a file held before the block, it holds again if the block fails; a file that was not there is removed."""
+    path = Path(path)
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
+        raise
+
+
 def _remove_leftovers(directory: Path) -> None:
     """Temporary files of processes that live no more."""
     if os.name != "posix":

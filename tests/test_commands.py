@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from forks import run_module
 from onnx import numpy_helper
 
 from lightning_qbn.export.runtime import SessionOptions
@@ -43,9 +43,7 @@ class Evil:
 
 
 def cli(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_qbn.cli", *words]
-    env = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, env=env, check=False)
+    return run_module("lightning_qbn.cli", words, directory)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from lightning_qbn import ConfigurationError, ExportError
-from lightning_qbn.files import atomic, check_writable, write_text
+from lightning_qbn.files import atomic, check_writable, kept_on_failure, write_text
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -39,6 +39,24 @@ def test_an_exception_leaves_what_was_there(tmp_path, exception, old):
     with pytest.raises(exception):
         fail_half_way()
     assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_beside_is_put_back(tmp_path, old):
+    path = tmp_path / "model.session.json"
+    if old:
+        path.write_text(old)
+
+    def write(then):
+        with kept_on_failure(path):
+            path.write_text("new")
+            then()
+
+    with pytest.raises(ZeroDivisionError):
+        write(lambda: 1 // 0)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])
+    write(lambda: None)
+    assert path.read_text() == "new"
 
 
 def test_text_replaces_an_old_file_in_utf8(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -156,7 +157,15 @@ def test_uncalibrated_and_disabled_quantizers_leave_the_activation():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch
-@pytest.mark.parametrize("make", NETWORKS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(MobileNet, widths=(8, 12), depths=(1, 2), strides=(1, 2), stem=8, head=16),
+        *NETWORKS[1:],
+        pytest.param(MobileNet, marks=pytest.mark.slow),
+    ],
+    ids=lambda make: getattr(make, "__name__", "small"),
+)
 def test_whole_network_compiles_without_a_graph_break(make):
     network = quantized(make)
     single = copy.deepcopy(network)

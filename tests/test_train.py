@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_module
 
 FAST = ["debug=steps", "qat.control=false", "callbacks.progress=null", "trainer.enable_progress_bar=false"]
 
 
 def cli(directory: Path, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_qbn.train", *overrides]
-    env = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=env)
+    done = run_module("lightning_qbn.train", overrides, directory)
     assert not check or done.returncode == 0, done.stderr
     return done
 

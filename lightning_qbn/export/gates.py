@@ -15,7 +15,7 @@ from lightning_qbn.export.inputs import tensors_in
 from lightning_qbn.export.parity import Parity, distance, measure_parity, outputs_of, range_of
 from lightning_qbn.export.remedies import REMEDIES
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
-from lightning_qbn.export.stepwise import Step, compare_stepwise
+from lightning_qbn.export.stepwise import Step, compare_stepwise, left_out
 
 if TYPE_CHECKING:
     import onnx
@@ -117,6 +117,12 @@ def check_graph(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, 
     Raises:
         ExportError: it is another network; names the first layer that is.
     """
+    absent = left_out(deployed, proto, inputs)
+    if absent is not None:
+        raise ExportError(
+            f"The exported graph does not round {absent}, which the trained network does. No file was written. Please "
+            f"report the network; until then leave that layer in float with QuantizationConfig(skip=[...])."
+        )
     verdict = judge(deployed, proto, inputs, SessionOptions("disabled"))
     if not verdict.passed:
         raise ExportError(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError
+
+Exported = TypeVar("Exported")
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -30,27 +35,84 @@ def check_example(inputs: Any) -> None:
 
 def as_deployed(value: Any) -> Any:
     """The same arguments, detached, on the CPU and in float32, as the deployed network computes."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: as_deployed(part) for key, part in value.items()}
-    return type(value)(as_deployed(part) for part in value) if type(value) in (tuple, list) else value
+    return _map(value, lambda x: x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu())
 
 
-def two_samples(value: Any) -> Any:
+def two_samples(inputs: tuple[Any, ...]) -> Any:
     """The same arguments with at least two samples: an export takes a size of 1 for a constant."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
-    if isinstance(value, dict):
-        return {key: two_samples(part) for key, part in value.items()}
-    return type(value)(two_samples(part) for part in value) if type(value) in (tuple, list) else value
+    if _samples(inputs) > 1:
+        return inputs
+    return _map(inputs, lambda x: torch.cat([x, x]) if x.dim() else x)
 
 
-def dynamic_batch(value: Any, batch: Any = None) -> Any:
-    """The ``dynamic_shapes`` that leave the first dimension of every tensor free."""
-    batch = batch or torch.export.Dim("batch")
+def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """What to try as ``dynamic_shapes``, from all first dimensions free to none.
+
+    Which arguments have a batch dimension is not known before an export succeeds: a tensor of factors for the
+    channels has none, and a forward that loops over the images has a fixed one.
+    """
+    samples = _samples(inputs)
+    rules: list[Callable[[Tensor], bool]] = [
+        lambda x: x.dim() > 0 and (x.shape[0] > 1 or samples == 1),
+        lambda x: x.dim() > 1 and x.shape[0] == samples,
+        lambda x: False,
+    ]
+    found: list[tuple[Any, ...]] = []
+    for rule in rules:
+        shapes = _shapes(network, inputs, rule)
+        if shapes not in found:
+            found.append(shapes)
+    return found
+
+
+def _shapes(network: nn.Module, inputs: tuple[Any, ...], free: Callable[[Tensor], bool]) -> tuple[Any, ...]:
+    shapes = _map(inputs, lambda x: {0: torch.export.Dim.DYNAMIC} if free(x) else None, other=None)
+    kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
+    star = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs)
+    return cast(tuple[Any, ...], shapes) if star >= len(inputs) else (*shapes[:star], shapes[star:])
+
+
+def first_that_works(tries: list[tuple[Any, ...]], export: Callable[[tuple[Any, ...]], Exported]) -> Exported:
+    """Export with the first ``dynamic_shapes`` that succeed; raises what the first of them said."""
+    try:
+        return export(tries[0])
+    except Exception:
+        for shapes in tries[1:]:
+            with suppress(Exception):
+                return export(shapes)
+        raise
+
+
+def one_sample(inputs: tuple[Any, ...], has_batch: Sequence[bool]) -> tuple[Any, ...]:
+    """The first sample of a batch, by which of the tensors have a batch dimension."""
+    marks = iter(has_batch)
+    return cast(tuple[Any, ...], _map(inputs, lambda x: x[:1] if next(marks, False) else x))
+
+
+def _samples(inputs: tuple[Any, ...]) -> int:
+    return max((x.shape[0] for x in tensors_in(inputs) if x.dim()), default=0)
+
+
+def _map(value: Any, change: Callable[[Tensor], Any], **other: None) -> Any:
+    """Change the tensors in arguments; anything else stays, or becomes ``other``."""
     if isinstance(value, Tensor):
-        return {0: batch} if value.dim() else None
+        return change(value)
     if isinstance(value, dict):
-        return {key: dynamic_batch(part, batch) for key, part in value.items()}
-    return type(value)(dynamic_batch(part, batch) for part in value) if type(value) in (tuple, list) else None
+        return {key: _map(part, change, **other) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map(part, change, **other) for part in value)
+    return other.get("other", value)
+
+
+def check_outputs(network: nn.Module, outputs: Any) -> None:
+    """Raise ExportError where forward returns something that a file cannot hold."""
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if isinstance(outputs, tuple | list):
+        for part in outputs:
+            check_outputs(network, part)
+    elif not isinstance(outputs, Tensor) and outputs is not None:
+        raise ExportError(
+            f"forward of {type(network).__name__} returns {outputs!r} ({type(outputs).__name__}), and a file has "
+            f"tensors alone. Return tensors in evaluation mode, or torch.tensor({outputs!r})."
+        )

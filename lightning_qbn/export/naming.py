@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +34,22 @@ def name_values(model: onnx_ir.Model) -> None:
             last = user.outputs[0]
         tensors[node] = _rename(last, f"{_owner(node)}.integers", fixed, holders).removesuffix(".integers")
     _unshare(model, tensors)
+
+
+def name_batch(model: onnx_ir.Model) -> None:
+    """Name the size of a batch ``batch``, which the exporter gives a number, such as ``s77``."""
+    import onnx_ir
+
+    first = model.graph.inputs[0].shape if model.graph.inputs else None
+    size = first[0] if first is not None and first.rank() else None
+    if not isinstance(size, onnx_ir.SymbolicDim) or size.value is None:
+        return
+    symbol = re.compile(rf"\b{re.escape(size.value)}\b")
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        for index, dim in enumerate(value.shape or ()):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None and value.shape is not None:
+                value.shape[index] = onnx_ir.SymbolicDim(symbol.sub("batch", dim.value))
 
 
 def _only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,22 @@ from lightning_qbn import __version__
 from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
 from lightning_qbn.export.deploy import DeployedWeight, deploy
 from lightning_qbn.export.gates import Shipment, check_graph, choose_kernels
-from lightning_qbn.export.inputs import as_deployed, check_example, dynamic_batch, tensors_in
-from lightning_qbn.export.naming import name_values
+from lightning_qbn.export.inputs import (
+    as_deployed,
+    check_example,
+    check_outputs,
+    dynamic_batch,
+    first_that_works,
+    one_sample,
+    tensors_in,
+)
+from lightning_qbn.export.naming import name_batch, name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
 from lightning_qbn.export.rewrites import store_as_int4
-from lightning_qbn.export.runtime import SessionOptions
+from lightning_qbn.export.runtime import SessionOptions, options_path, run_session, session
 from lightning_qbn.export.targets import TARGETS, Target, check_form
-from lightning_qbn.files import atomic
+from lightning_qbn.files import atomic, kept_on_failure
 from lightning_qbn.garbage import collected_later
 
 if TYPE_CHECKING:
@@ -110,11 +118,11 @@ def export_onnx(
     deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
     runtime.check(deployed)
     proto = _convert(deployed, inputs, runtime, weight_storage == "int4")
-    _warn_of_fixed_batch(proto, folded)
+    _warn_of_fixed_batch(deployed, proto, inputs)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
-    with atomic(path) as temporary:
+    with kept_on_failure(options_path(path)), atomic(path) as temporary:
         import onnx
 
         onnx.checker.check_model(proto, full_check=True)
@@ -138,19 +146,29 @@ def export_onnx(
     return ExportReport(str(path), size, parity, biases, constant, rounding, *how)
 
 
-def _warn_of_fixed_batch(proto: onnx.ModelProto, folded: nn.Module) -> None:
-    """Where forward reads the batch size as a number, the exporter takes it for a constant, and does not say so."""
-    for value in proto.graph.input:
-        size = value.type.tensor_type.shape.dim
-        if size and not size[0].dim_param:
-            warnings.warn(
-                f"The file takes batches of {size[0].dim_value} only: forward of {type(folded).__name__} makes a "
-                f"number of the batch size, as len(x), int(x.shape[0]) and loops over x do. Write x.shape[0], or "
-                f"flatten(1).",
-                QuantizationWarning,
-                stacklevel=3,
-            )
-            return
+def _warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> None:
+    """Where forward makes a number of the batch size, the exporter takes it for a constant, and does not say so."""
+    sizes = [value.type.tensor_type.shape.dim for value in proto.graph.input]
+    has_batch = [bool(size) and size[0].dim_param == "batch" for size in sizes]
+    tensors = tensors_in(inputs)
+    if not any(has_batch) and not any(x.dim() for x in tensors):
+        return
+    if any(has_batch) and _takes_one_sample(deployed, proto, one_sample(inputs, has_batch)):
+        return
+    samples = next(x.shape[0] for x in tensors if x.dim())
+    warnings.warn(
+        f"The file takes batches of {samples} only: forward of {type(deployed).__name__} makes a number of the batch "
+        f"size, as loops over x do. Write x.shape[0], or flatten(1).",
+        QuantizationWarning,
+        stacklevel=3,
+    )
+
+
+def _takes_one_sample(deployed: nn.Module, proto: onnx.ModelProto, sample: tuple[Any, ...]) -> bool:
+    with suppress(Exception):  # of onnxruntime, or of forward, which may not take another size either
+        found = run_session(session(proto.SerializeToString(), SessionOptions("disabled")), tuple(tensors_in(sample)))
+        return [x.shape for x in found] == [x.shape for x in outputs_of(deployed, sample)]
+    return False
 
 
 def _convert(
@@ -162,15 +180,19 @@ def _convert(
 
     try:
         with _quiet_exporter(), torch.no_grad():
-            program = torch.onnx.export(
-                deployed.eval(),
-                inputs,
-                dynamo=True,
-                opset_version=_OPSET,
-                verbose=False,
-                optimize=False,
-                dynamic_shapes=dynamic_batch(inputs),
-                custom_translation_table=translations(),
+            check_outputs(deployed, deployed.eval()(*inputs))
+            program = first_that_works(
+                dynamic_batch(deployed, inputs),
+                lambda shapes: torch.onnx.export(
+                    deployed,
+                    (*inputs, {}),  # a dict at the end would be taken for keyword arguments
+                    dynamo=True,
+                    opset_version=_OPSET,
+                    verbose=False,
+                    optimize=False,
+                    dynamic_shapes=shapes,
+                    custom_translation_table=translations(),
+                ),
             )
     except QuantizationError:
         raise
@@ -187,6 +209,7 @@ def _convert(
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         runtime.rewrite(model)
         name_values(model)
+        name_batch(model)
         if int4:
             store_as_int4(model)
         _forget_sources(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import deploy
-from lightning_qbn.export.inputs import as_deployed, dynamic_batch, two_samples
+from lightning_qbn.export.inputs import as_deployed, dynamic_batch, first_that_works, two_samples
 from lightning_qbn.files import atomic
 
 
@@ -32,8 +32,12 @@ def export_program(
     """
     inputs = two_samples(as_deployed(example_input if isinstance(example_input, tuple) else (example_input,)))
     try:
+        deployed = deploy(folded).cpu().float()
         with torch.no_grad():
-            program = torch.export.export(deploy(folded).cpu().float(), inputs, dynamic_shapes=dynamic_batch(inputs))
+            program = first_that_works(
+                dynamic_batch(deployed, inputs),
+                lambda shapes: torch.export.export(deployed, inputs, dynamic_shapes=shapes),
+            )
     except QuantizationError:
         raise
     except Exception as cause:

@@ -61,12 +61,23 @@ def _shifted(
     return changed
 
 
-_SATURATION = "This processor's integer kernels saturate"
+_SATURATION = "This processor's integer kernels are not exact (without VNNI, those for uint8 times int8 saturate)"
 
 REMEDIES = {
     "unsigned weights": Remedy(_SATURATION, with_unsigned_weights),
     "signed activations": Remedy(_SATURATION, with_signed_activations, {"session.qdqisint8allowed": "1"}),
     "x64quantprecision": Remedy(_SATURATION, _unchanged, {"session.x64quantprecision": "1"}),
+    # A layer that is called at two scales has no one int32 bias; at 4 bits the integers are coarse.
+    "float biases": Remedy(
+        "onnxruntime rounds biases that are in float because their layer is called at several scales",
+        _unchanged,
+        {"optimization.disable_specified_optimizers": "WeightBiasQuantization"},
+    ),
+    "all roundings": Remedy(
+        "onnxruntime makes one rounding of two that follow each other",
+        _unchanged,
+        {"session.disable_double_qdq_remover": "1"},
+    ),
     # It takes a layer with float activations for one whose activations it may round.
     "float accumulation": Remedy(
         "onnxruntime's kernel for integer matrices rounds float activations",

@@ -8,7 +8,7 @@ is compared on the integers that the file computed before it, so a difference be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,28 +97,59 @@ def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
     return zero_points, exposed.SerializeToString()
 
 
+def left_out(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> str | None:
+    """The first tensor that the deployed network rounds and the file does not, where an output depends on it."""
+    integers, _ = _with_integers(proto)
+    called: list[str] = []
+    with _heard(deployed, lambda name, module, output: called.append(name)):
+        expected = outputs_of(deployed, inputs)
+
+    def without(name: str) -> list[Tensor]:
+        with _heard(deployed, lambda found, module, output: torch.zeros_like(output) if found == name else None):
+            return outputs_of(deployed, inputs)
+
+    for name in called:
+        if name not in integers and any(
+            bool(distance(*pair).any()) for pair in zip(expected, without(name), strict=True)
+        ):
+            return name.removesuffix(".integers")
+    return None
+
+
 @contextmanager
 def _substituted(deployed: nn.Module, integers: dict[str, Tensor], steps: list[Step]) -> Iterator[None]:
     """Let quantizers note how far they are from the file's integers, and give those."""
+
+    def compare(name: str, module: QuantizeDequantize, output: Tensor) -> Tensor | None:
+        found = integers.get(name)
+        if found is None:
+            return None  # the file rounds nothing here, because nothing depends on it: `left_out` saw to that
+        ours = (output.double() / module.scale).round()
+        difference, levels = distance(ours, found), module.quant_max - module.quant_min + 1
+        if count := difference.numel():
+            share = float((difference > 0).double().mean())
+            steps.append(Step(name.removesuffix(".integers"), float(difference.max()), share, count, levels))
+        return found.to(output.dtype) * module.scale
+
+    with _heard(deployed, compare):
+        yield
+
+
+@contextmanager
+def _heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor], Any]) -> Iterator[None]:
+    """Call a function with every rounded tensor and the name of its integers in the file; it may give another one."""
     calls: Counter[str] = Counter()
 
-    def compare(name: str) -> Any:
+    def listen(name: str) -> Any:
         def hook(module: QuantizeDequantize, args: tuple[Any, ...], output: Any) -> Any:
             calls[name] += 1
-            found = integers.get(name if calls[name] == 1 else f"{name}.{calls[name]}")
-            if found is None or not isinstance(output, Tensor):
-                return None
-            ours = (output.double() / module.scale).round()
-            difference, levels = distance(ours, found), module.quant_max - module.quant_min + 1
-            if count := difference.numel():
-                share = float((difference > 0).double().mean())
-                steps.append(Step(name.removesuffix(".integers"), float(difference.max()), share, count, levels))
-            return found.to(output.dtype) * module.scale
+            called = name if calls[name] == 1 else f"{name}.{calls[name]}"
+            return heard(called, module, output) if isinstance(output, Tensor) else None
 
         return hook
 
     handles = [
-        module.register_forward_hook(compare(f"{tensor_name(path)}.integers"))
+        module.register_forward_hook(listen(f"{tensor_name(path)}.integers"))
         for path, module in deployed.named_modules()
         if isinstance(module, QuantizeDequantize) and not path.endswith(f".{REPEATED}")
     ]

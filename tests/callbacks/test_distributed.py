@@ -92,7 +92,7 @@ def test_a_failing_rank_is_heard_by_the_other(tmp_path):
     for where, failing in (("calibration", 1), ("reestimation", 1), ("metric", 1), ("export", 0)):
         heard = found[1 - failing][where]["said"]
         assert f"Rank {failing} failed" in heard
-        assert "directory" in heard if where == "export" else "out of coffee" in heard
+        assert ("is a folder" if where == "export" else "out of coffee") in heard
         assert "Rank" not in found[failing][where]["said"]
     assert [ranks["calibration"]["calibrated"] for ranks in found] == [False, False]
     assert [ranks["nowhere"]["said"] for ranks in found] == ["", ""]

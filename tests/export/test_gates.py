@@ -31,6 +31,7 @@ from lightning_qbn.export.parity import Parity
 from lightning_qbn.export.remedies import REMEDIES
 from lightning_qbn.export.runtime import SessionOptions, options_path, run_session, session
 from lightning_qbn.export.stepwise import Step, compare_stepwise
+from lightning_qbn.fake_quantize import quantizers
 
 IMAGES = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -73,6 +74,66 @@ def test_wrong_graph_is_refused_and_the_first_wrong_layer_named(tmp_path, monkey
     with pytest.raises(ExportError, match=rf"first layer whose integers differ is {layer}"):
         export_onnx(folded(), tmp_path / "net.onnx", IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layer", ["head", "blocks.1.expand.2", "stem.2"])
+def test_graph_that_leaves_out_a_quantizer_is_refused(tmp_path, monkeypatch, layer):
+    """Though its outputs are closer to the float network's, and within a step."""
+    original = onnx_module._convert
+
+    def convert(*args):
+        proto = original(*args)
+        (back,) = [node for node in proto.graph.node if node.input[0] == f"{layer}.integers"]
+        source = next(node for node in proto.graph.node if node.output[0] == back.input[0])
+        while source.op_type != "QuantizeLinear":
+            source = next(node for node in proto.graph.node if node.output[0] == source.input[0])
+        replaced = onnx.helper.make_node("Identity", source.input[:1], list(back.output))
+        index = list(proto.graph.node).index(back)
+        proto.graph.node.remove(back)
+        proto.graph.node.insert(index, replaced)
+        return proto
+
+    monkeypatch.setattr(onnx_module, "_convert", convert)
+    with pytest.raises(ExportError, match=rf"does not round {layer},"):
+        export_onnx(folded(), tmp_path / "net.onnx", IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantizer_that_no_output_depends_on_may_be_left_out(tmp_path):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            self.second(x)
+            return self.first(x).flatten(1)
+
+    network = folded(Idle)
+    assert "second.output_quantizer" in quantizers(network)
+    export_onnx(network, tmp_path / "net.onnx", IMAGES)
+    assert not [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if "second" in t.name]
+
+
+def test_layer_that_is_called_at_two_scales_with_few_bits(tmp_path):
+    """It has no one int32 bias, and onnxruntime would round the float one, to integers that are coarse at 4 bits."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.norm, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.first(x)))
+            return self.head(x), self.head(torch.relu(self.second(x)))
+
+    path = tmp_path / "net.onnx"
+    network = folded(Shared, weight_bits=4)
+    with pytest.warns(QuantizationWarning, match="rounds biases.*shipped with float biases"):
+        report = export_onnx(network, path, IMAGES)
+    assert report.parity["all"].max_lsb <= 1.01
+    assert "head" not in report.int32_bias
 
 
 @pytest.mark.parametrize(
@@ -242,6 +303,23 @@ def test_no_file_without_a_remedy_that_helps(tmp_path, monkeypatch):
         export_onnx(folded(), path, IMAGES)
     assert path.read_bytes() == b"the file of yesterday"
     assert not options_path(path).exists()
+
+
+def test_options_of_the_old_file_stay_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    SessionOptions("disabled").write_beside(path)
+
+    def replace(self, target):
+        if str(target) == str(path):
+            raise PermissionError("in use")
+        return rename(self, target)
+
+    rename = type(path).replace
+    monkeypatch.setattr(type(path), "replace", replace)
+    with pytest.raises(PermissionError, match="in use"):
+        export_onnx(folded(), path, IMAGES)
+    assert list(tmp_path.iterdir()) == [options_path(path)]
+    assert SessionOptions.beside(path) == SessionOptions("disabled")
 
 
 def test_options_stand_beside_the_file_and_are_used(tmp_path):
