@@ -25,7 +25,7 @@ from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.experiment import load_file
 from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.loaded import ExportedFile
-from lightning_qbn.export.targets import check_form
+from lightning_qbn.export.targets import Form
 from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.folding import fold_batch_norms
 from lightning_qbn.passes import default_forward, quiet
@@ -53,7 +53,7 @@ def export(cfg: DictConfig) -> float:
     """
     path, formats = Path(cfg.export.path), cfg.export.formats
     check_formats(formats)
-    check_form(cfg.export.target, cfg.export.weight_storage)
+    form = Form(cfg.export.target, cfg.export.weight_storage, cfg.export.encodings_version)
     if path.suffix != ".onnx":
         raise ConfigurationError(f"export.path must be that of an .onnx file, found {str(path)!r}.")
     check_writable(path.parent)
@@ -78,8 +78,7 @@ def export(cfg: DictConfig) -> float:
     with quiet(module):
         example = arguments_of(module, network, lambda: forward_fn(module, next(iter(loader))))
     folded = fold_batch_norms(module.eval()).get_submodule(network)
-    entries, form = {"source": str(cfg.ckpt_path)}, (cfg.export.target, cfg.export.weight_storage)
-    files, _ = export_files(folded, path, formats, example, entries, *form)
+    files, _ = export_files(folded, path, formats, example, {"source": str(cfg.ckpt_path)}, form)
     for written in files.values():
         Console().print(f"wrote {written}", highlight=False)
     return _evaluate(cfg, files["onnx"], name, loader) if "onnx" in files else float("nan")

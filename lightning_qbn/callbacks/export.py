@@ -33,7 +33,7 @@ from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
 from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.onnx import ExportReport
-from lightning_qbn.export.targets import check_form
+from lightning_qbn.export.targets import Form
 from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.files import check_writable
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
@@ -54,6 +54,7 @@ class QuantizedExport(Callback):
         forward_fn: ``forward_fn(pl_module, batch)``; default: the module on the first element of the batch.
         target: the runtime that the ONNX file is for; see `export_onnx`.
         weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less.
+        encodings_version: ``"0.6.1"``, ``"1.0.0"`` or ``"2.0.0"``; default: 1.0.0 with target ``"qnn"``, else 2.0.0.
         metric: a torchmetrics metric for the two bounds, measured on the test loader where the data has one, else on
             the validation loader.
         minimum: write files only if the metric at the end is at least this.
@@ -92,14 +93,14 @@ class QuantizedExport(Callback):
         target_fn: TargetFn | None = None,
         target: str = "onnxruntime",
         weight_storage: str = "int8",
+        encodings_version: str | None = None,
     ) -> None:
         check_formats(formats)
         if not isinstance(path, str | os.PathLike):
             raise ConfigurationError(f"path must be that of a file, such as 'model.onnx', found {path!r}.")
         if forward_fn is not None and not callable(forward_fn):
             raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
-        check_form(target, weight_storage)
-        self.form = {"target": target, "weight_storage": weight_storage}
+        self.form = Form(target, weight_storage, encodings_version)
         self.path = Path(path)
         self.formats = tuple(formats)
         self.example_input = example_input
@@ -219,4 +220,4 @@ class QuantizedExport(Callback):
         config = getattr(module, "quantization_config", None)
         entries: dict[str, Any] = {"quantization_config": config.to_dict()} if config else {}
         entries["source"] = asdict(self.source) if self.source else None
-        self.files, self.report = export_files(target, self.path, self.formats, example, entries, **self.form)
+        self.files, self.report = export_files(target, self.path, self.formats, example, entries, self.form)

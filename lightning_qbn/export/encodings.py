@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,17 +39,51 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
     """
     if version not in FORMATS:
         raise ExportError(f"Encodings of version {version!r} cannot be written. Versions: {', '.join(FORMATS)}.")
+    document = FORMATS[version](_entries(deploy(folded)))
+    write_text(path, json.dumps(document, indent=1))
+    return document
+
+
+def encodings_of_graph(deployed: nn.Module, names: dict[str, list[str]], version: str) -> str:
+    """The content of an encodings file for a float graph.
+
+    Args:
+        deployed: result of `deploy`.
+        names: a rounded tensor to the names of the tensors of the graph that have its encoding.
+        version: of the format.
+
+    Raises:
+        ExportError: a weight has scales that no encoding describes.
+    """
+    for name, layer in deployed.named_modules():
+        if isinstance(layer, DeployedWeight) and layer.weight_factor is not None:
+            raise ExportError(
+                f"{name}: the channels of a transposed convolution of groups lie along no single axis of it, and "
+                f"no encoding holds such scales. Leave it in float: QuantizationConfig(skip=[{name!r}])."
+            )
+    entries = [
+        replace(entry, name=name)
+        for entry in _entries(deployed)
+        for name in ([entry.name] if entry.is_parameter else names.get(entry.name, []))
+    ]
+    return json.dumps(FORMATS[version](entries), indent=1)
+
+
+def encodings_path(path: str | Path) -> Path:
+    """Where the encodings of a file stand: ``model.encodings.json`` beside ``model.onnx``."""
+    path = Path(path)
+    return path.with_name(f"{path.name.removesuffix('.onnx')}.encodings.json")
+
+
+def _entries(deployed: nn.Module) -> list[Encoding]:
     entries: list[Encoding] = []
-    deployed = deploy(folded)
     idle = _not_called(deployed)
     for name, module in deployed.named_modules():
         if isinstance(module, QuantizeDequantize) and name not in idle:
             entries.append(_activation(name, module))
         elif isinstance(module, DeployedWeight) and name not in idle:
             entries.extend(_layer(name, module))
-    document = FORMATS[version](entries)
-    write_text(path, json.dumps(document, indent=1))
-    return document
+    return entries
 
 
 def _not_called(deployed: nn.Module) -> set[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ConfigurationError
-from lightning_qbn.export.encodings import export_encodings
+from lightning_qbn.export.encodings import encodings_path, export_encodings
 from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
 from lightning_qbn.export.program import export_program
+from lightning_qbn.export.targets import Form
 
 SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
 
@@ -29,8 +31,7 @@ def export_files(
     formats: Sequence[str],
     example: Tensor | tuple[Any, ...],
     entries: dict[str, Any],
-    target: str = "onnxruntime",
-    weight_storage: str = "int8",
+    form: Form,
 ) -> tuple[dict[str, Path], ExportReport | None]:
     """Write a folded network in some formats, beside each other; the ONNX file has the given path.
 
@@ -40,16 +41,16 @@ def export_files(
         formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
         example: arguments of the network.
         entries: plain data for the metadata of the ONNX file.
-        target: as for `export_onnx`.
-        weight_storage: as for `export_onnx`.
+        form: runtime, storage and version, as for `export_onnx`.
     """
     files = {name: path.with_name(path.stem + suffix) for name, suffix in SUFFIXES.items()}
-    files["onnx"] = path
+    files |= {"onnx": path, "encodings": encodings_path(path)}
     report = None
     if "onnx" in formats:
-        report = export_onnx(folded, path, example, describe(entries), target, weight_storage)
-    if "encodings" in formats:
-        export_encodings(folded, files["encodings"])
+        report = export_onnx(folded, path, example, describe(entries), **asdict(form))
+    # With a float graph they are written together: the names are those of that graph.
+    if "encodings" in formats and not (report is not None and form.runtime.encodings):
+        export_encodings(folded, files["encodings"], form.version)
     if "program" in formats:
         export_program(folded, files["program"], example)
     return {name: files[name] for name in formats}, report

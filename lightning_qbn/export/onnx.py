@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qbn import __version__
-from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
+from lightning_qbn.errors import ExportError
+from lightning_qbn.export.conversion import convert, warn_of_fixed_batch
 from lightning_qbn.export.deploy import DeployedWeight, deploy
-from lightning_qbn.export.gates import Shipment, check_graph, choose_kernels
+from lightning_qbn.export.encodings import encodings_of_graph, encodings_path
+from lightning_qbn.export.floating import check_float_form, float_form
+from lightning_qbn.export.gates import Shipment, Verdict, check_graph, choose_kernels
 from lightning_qbn.export.inputs import (
     as_deployed,
     check_example,
-    check_outputs,
-    dynamic_batch,
-    first_that_works,
-    one_sample,
-    tensors_in,
 )
-from lightning_qbn.export.naming import name_batch, name_values
-from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
-from lightning_qbn.export.rewrites import store_as_int4
-from lightning_qbn.export.runtime import SessionOptions, options_path, run_session, session
-from lightning_qbn.export.targets import TARGETS, Target, check_form
-from lightning_qbn.files import atomic, kept_on_failure
+from lightning_qbn.export.runtime import SessionOptions, options_path
+from lightning_qbn.export.stepwise import rounded_tensors
+from lightning_qbn.export.targets import Form
+from lightning_qbn.files import atomic, kept_on_failure, write_text
 from lightning_qbn.garbage import collected_later
 
 if TYPE_CHECKING:
     import onnx
-
-_OPSET = 21  # the first with 16-bit and 4-bit integers in QuantizeLinear
 
 
 @dataclass(frozen=True)
@@ -85,6 +74,7 @@ def export_onnx(
     metadata: dict[str, str] | None = None,
     target: str = "onnxruntime",
     weight_storage: str = "int8",
+    encodings_version: str | None = None,
 ) -> ExportReport:
     """Write a folded network as an ONNX file with integer weights, and compare it with the simulation.
 
@@ -99,10 +89,12 @@ def export_onnx(
         example_input: a real batch, the tensor or the tuple of arguments of forward; it sets ranks and
             dtypes (the batch size stays dynamic) and is the data of the comparison.
         metadata: more entries for the file's ``metadata_props``.
-        target: the runtime that the file is for: ``"onnxruntime"``, ``"openvino"``, or ``"tensorrt"``, which needs
-            symmetric 8-bit activations. The comparison is made in onnxruntime.
+        target: the runtime that the file is for: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, which needs
+            symmetric 8-bit activations, or ``"qnn"``: a float graph, and its quantizers as AIMET encodings in
+            ``<name>.encodings.json`` beside it. The comparison is made in onnxruntime.
         weight_storage: ``"int8"``, or ``"int4"`` for weights of 4 bits and less: half a byte each, and slower where a
             runtime has no kernels for it, as onnxruntime on CPUs.
+        encodings_version: of the encodings of ``"qnn"``: ``"0.6.1"``, ``"1.0.0"`` (default) or ``"2.0.0"``.
 
     Raises:
         ExportError: the network is not folded or cannot be exported, or onnxruntime computes something else; then no
@@ -111,18 +103,19 @@ def export_onnx(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inputs = as_deployed(inputs)
     check_example(inputs)
-    check_form(target, weight_storage)
+    form = Form(target, weight_storage, encodings_version)
     if Path(path).is_dir():
         raise ExportError(f"{path} is a folder; give a file in it.")
-    runtime = TARGETS[target]
+    runtime = form.runtime
     deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
     runtime.check(deployed)
-    proto = _convert(deployed, inputs, runtime, weight_storage == "int4")
-    _warn_of_fixed_batch(deployed, proto, inputs)
+    proto = convert(deployed, inputs, runtime, weight_storage == "int4")
+    warn_of_fixed_batch(deployed, proto, inputs)
     entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
-    with kept_on_failure(options_path(path)), atomic(path) as temporary:
+    beside = encodings_path(path) if runtime.encodings else options_path(path)
+    with kept_on_failure(beside), atomic(path) as temporary:
         import onnx
 
         onnx.checker.check_model(proto, full_check=True)
@@ -131,9 +124,12 @@ def export_onnx(
         shipped = Shipment(proto, SessionOptions("disabled"), graph)
         if target == "onnxruntime":
             shipped = choose_kernels(deployed, proto, inputs)
+        if runtime.encodings:
+            shipped = _float_shipment(deployed, proto, inputs, form, path)
+        else:
+            shipped.options.write_beside(path)
         onnx.save(shipped.proto, str(temporary))
         size = temporary.stat().st_size
-        shipped.options.write_beside(path)
     layers = {name: layer for name, layer in deployed.named_modules() if isinstance(layer, DeployedWeight)}
     biases = tuple(name for name, layer in layers.items() if layer.bias_integers is not None)
     constant = {name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels}
@@ -146,109 +142,17 @@ def export_onnx(
     return ExportReport(str(path), size, parity, biases, constant, rounding, *how)
 
 
-def _warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> None:
-    """Where forward makes a number of the batch size, the exporter takes it for a constant, and does not say so."""
-    sizes = [value.type.tensor_type.shape.dim for value in proto.graph.input]
-    has_batch = [bool(size) and size[0].dim_param == "batch" for size in sizes]
-    tensors = tensors_in(inputs)
-    if not any(has_batch) and not any(x.dim() for x in tensors):
-        return
-    if any(has_batch) and _takes_one_sample(deployed, proto, one_sample(inputs, has_batch)):
-        return
-    samples = next(x.shape[0] for x in tensors if x.dim())
-    warnings.warn(
-        f"The file takes batches of {samples} only: forward of {type(deployed).__name__} makes a number of the batch "
-        f"size, as loops over x do. Write x.shape[0], or flatten(1).",
-        QuantizationWarning,
-        stacklevel=3,
-    )
-
-
-def _takes_one_sample(deployed: nn.Module, proto: onnx.ModelProto, sample: tuple[Any, ...]) -> bool:
-    with suppress(Exception):  # of onnxruntime, or of forward, which may not take another size either
-        found = run_session(session(proto.SerializeToString(), SessionOptions("disabled")), tuple(tensors_in(sample)))
-        return [x.shape for x in found] == [x.shape for x in outputs_of(deployed, sample)]
-    return False
-
-
-def _convert(
-    deployed: nn.Module, inputs: tuple[Any, ...], runtime: Target = TARGETS["onnxruntime"], int4: bool = False
-) -> onnx.ModelProto:
-    import onnx_ir
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
-    from onnxscript.optimizer import fold_constants
-
-    try:
-        with _quiet_exporter(), torch.no_grad():
-            check_outputs(deployed, deployed.eval()(*inputs))
-            program = first_that_works(
-                dynamic_batch(deployed, inputs),
-                lambda shapes: torch.onnx.export(
-                    deployed,
-                    (*inputs, {}),  # a dict at the end would be taken for keyword arguments
-                    dynamo=True,
-                    opset_version=_OPSET,
-                    verbose=False,
-                    optimize=False,
-                    dynamic_shapes=shapes,
-                    custom_translation_table=translations(),
-                ),
-            )
-    except QuantizationError:
-        raise
-    except Exception as cause:
-        raise ExportError(
-            f"{type(deployed).__name__} cannot be exported: {_innermost(cause)}. The example had the shapes "
-            f"{[tuple(x.shape) for x in tensors_in(inputs)]}."
-        ) from cause
-    assert program is not None
-    model = program.model
-    with _quiet_exporter():
-        fold_constants(model)
-        RemoveUnusedNodesPass()(model)
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        runtime.rewrite(model)
-        name_values(model)
-        name_batch(model)
-        if int4:
-            store_as_int4(model)
-        _forget_sources(model)
-        RemoveUnusedNodesPass()(model)
-        return onnx_ir.to_proto(model)
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hold back the exporter's advice on opsets, shapes and packages that are not installed."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(max(disabled, logging.WARNING))
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
-def _forget_sources(model: Any) -> None:
-    """Drop the stack traces that the exporter leaves on every node: they triple a small file and name local paths."""
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-
-
-def _innermost(error: BaseException) -> str:
-    """The exporter's own message is a page of advice; the cause behind it says what happened."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"
+def _float_shipment(
+    deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], form: Form, path: str | Path
+) -> Shipment:
+    """The float graph, once its encodings are written."""
+    rounded = rounded_tensors(deployed, inputs)
+    floats, renamed = float_form(proto, {name for names in rounded.values() for name in names})
+    parity = check_float_form(deployed, floats, inputs)
+    held = {name for node in floats.graph.node for name in (*node.input, *node.output)}
+    names = {name: [new for old in calls if (new := renamed.get(old, old)) in held] for name, calls in rounded.items()}
+    write_text(encodings_path(path), encodings_of_graph(deployed, names, form.version))
+    return Shipment(floats, SessionOptions(), Verdict(parity))
 
 
 def describe(metadata: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ is compared on the integers that the file computed before it, so a difference be
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,12 +97,24 @@ def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
     return zero_points, exposed.SerializeToString()
 
 
+def rounded_tensors(deployed: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[str]]:
+    """Tensors that a deployed network rounds: of each quantizer, by its first one, those of all its calls."""
+    first = {module: tensor_name(path) for path, module in deployed.named_modules()}
+    found: dict[str, list[str]] = defaultdict(list)
+
+    def note(name: str, module: nn.Module, output: Tensor) -> None:
+        found[first[module]].append(name.removesuffix(".integers"))
+
+    with _heard(deployed, note):
+        outputs_of(deployed, inputs)
+    return found
+
+
 def left_out(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> str | None:
     """The first tensor that the deployed network rounds and the file does not, where an output depends on it."""
     integers, _ = _with_integers(proto)
-    called: list[str] = []
-    with _heard(deployed, lambda name, module, output: called.append(name)):
-        expected = outputs_of(deployed, inputs)
+    expected = outputs_of(deployed, inputs)
+    called = [f"{name}.integers" for names in rounded_tensors(deployed, inputs).values() for name in names]
 
     def without(name: str) -> list[Tensor]:
         with _heard(deployed, lambda found, module, output: torch.zeros_like(output) if found == name else None):

@@ -45,7 +45,7 @@ def folded(make=MobileNet, **config):
 
 def converted(network):
     deployed = deploy(network).float()
-    return deployed, onnx_module._convert(deployed, (IMAGES,))
+    return deployed, onnx_module.convert(deployed, (IMAGES,))
 
 
 def tamper(proto, name, change):
@@ -63,14 +63,14 @@ def tamper(proto, name, change):
     ],
 )
 def test_wrong_graph_is_refused_and_the_first_wrong_layer_named(tmp_path, monkeypatch, name, change, layer):
-    original = onnx_module._convert
+    original = onnx_module.convert
 
     def convert(*args):
         proto = original(*args)
         tamper(proto, name, change)
         return proto
 
-    monkeypatch.setattr(onnx_module, "_convert", convert)
+    monkeypatch.setattr(onnx_module, "convert", convert)
     with pytest.raises(ExportError, match=rf"first layer whose integers differ is {layer}"):
         export_onnx(folded(), tmp_path / "net.onnx", IMAGES)
     assert list(tmp_path.iterdir()) == []
@@ -79,7 +79,7 @@ def test_wrong_graph_is_refused_and_the_first_wrong_layer_named(tmp_path, monkey
 @pytest.mark.parametrize("layer", ["head", "blocks.1.expand.2", "stem.2"])
 def test_graph_that_leaves_out_a_quantizer_is_refused(tmp_path, monkeypatch, layer):
     """Though its outputs are closer to the float network's, and within a step."""
-    original = onnx_module._convert
+    original = onnx_module.convert
 
     def convert(*args):
         proto = original(*args)
@@ -93,7 +93,7 @@ def test_graph_that_leaves_out_a_quantizer_is_refused(tmp_path, monkeypatch, lay
         proto.graph.node.insert(index, replaced)
         return proto
 
-    monkeypatch.setattr(onnx_module, "_convert", convert)
+    monkeypatch.setattr(onnx_module, "convert", convert)
     with pytest.raises(ExportError, match=rf"does not round {layer},"):
         export_onnx(folded(), tmp_path / "net.onnx", IMAGES)
     assert list(tmp_path.iterdir()) == []

@@ -651,7 +651,7 @@ def test_a_rounding_that_onnxruntime_leaves_out_is_noticed(tmp_path):
     assert report.parity["all"].max_lsb <= 1.01
     assert len(nodes(tmp_path / "net.onnx", "Relu")) == 1
     deployed = onnx_module.deploy(folded, unsigned=True).float()
-    proto = onnx_module._convert(deployed, (x,))
+    proto = onnx_module.convert(deployed, (x,))
     (relu,) = [node for node in proto.graph.node if node.op_type == "Relu"]
     for node in proto.graph.node:
         node.input[:] = [relu.input[0] if name == relu.output[0] else name for name in node.input]

@@ -1,0 +1,142 @@
+"""From a deployed network in torch to an ONNX graph with its operators in place and its tensors named."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
+from lightning_qbn.export.inputs import check_outputs, dynamic_batch, first_that_works, one_sample, tensors_in
+from lightning_qbn.export.naming import name_batch, name_values
+from lightning_qbn.export.operators import translations
+from lightning_qbn.export.parity import outputs_of
+from lightning_qbn.export.rewrites import store_as_int4
+from lightning_qbn.export.runtime import SessionOptions, run_session, session
+from lightning_qbn.export.targets import TARGETS, Target
+
+if TYPE_CHECKING:
+    import onnx
+
+_OPSET = 21  # the first with 16-bit and 4-bit integers in QuantizeLinear
+
+
+def warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> None:
+    """Where forward makes a number of the batch size, the exporter takes it for a constant, and does not say so."""
+    sizes = [value.type.tensor_type.shape.dim for value in proto.graph.input]
+    has_batch = [bool(size) and size[0].dim_param == "batch" for size in sizes]
+    tensors = tensors_in(inputs)
+    if not any(has_batch) and not any(x.dim() for x in tensors):
+        return
+    if any(has_batch) and _takes_one_sample(deployed, proto, one_sample(inputs, has_batch)):
+        return
+    samples = next(x.shape[0] for x in tensors if x.dim())
+    warnings.warn(
+        f"The file takes batches of {samples} only: forward of {type(deployed).__name__} makes a number of the batch "
+        f"size, as loops over x do. Write x.shape[0], or flatten(1).",
+        QuantizationWarning,
+        stacklevel=3,
+    )
+
+
+def _takes_one_sample(deployed: nn.Module, proto: onnx.ModelProto, sample: tuple[Any, ...]) -> bool:
+    with suppress(Exception):  # of onnxruntime, or of forward, which may not take another size either
+        found = run_session(session(proto.SerializeToString(), SessionOptions("disabled")), tuple(tensors_in(sample)))
+        return [x.shape for x in found] == [x.shape for x in outputs_of(deployed, sample)]
+    return False
+
+
+def convert(
+    deployed: nn.Module, inputs: tuple[Any, ...], runtime: Target = TARGETS["onnxruntime"], int4: bool = False
+) -> onnx.ModelProto:
+    """The graph of a deployed network, in the form in which a runtime finds its integer operators.
+
+    Args:
+        deployed: result of `deploy`.
+        inputs: its arguments.
+        runtime: what the graph is for.
+        int4: weights of 4 bits and less are stored in half a byte.
+
+    Raises:
+        ExportError: the network cannot be exported; gives the cause and the shapes.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnxscript.optimizer import fold_constants
+
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            check_outputs(deployed, deployed.eval()(*inputs))
+            program = first_that_works(
+                dynamic_batch(deployed, inputs),
+                lambda shapes: torch.onnx.export(
+                    deployed,
+                    (*inputs, {}),  # a dict at the end would be taken for keyword arguments
+                    dynamo=True,
+                    opset_version=_OPSET,
+                    verbose=False,
+                    optimize=False,
+                    dynamic_shapes=shapes,
+                    custom_translation_table=translations(),
+                ),
+            )
+    except QuantizationError:
+        raise
+    except Exception as cause:
+        raise ExportError(
+            f"{type(deployed).__name__} cannot be exported: {_innermost(cause)}. The example had the shapes "
+            f"{[tuple(x.shape) for x in tensors_in(inputs)]}."
+        ) from cause
+    assert program is not None
+    model = program.model
+    with _quiet_exporter():
+        fold_constants(model)
+        RemoveUnusedNodesPass()(model)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        runtime.rewrite(model)
+        name_values(model)
+        name_batch(model)
+        if int4:
+            store_as_int4(model)
+        _forget_sources(model)
+        RemoveUnusedNodesPass()(model)
+        return onnx_ir.to_proto(model)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back the exporter's advice on opsets, shapes and packages that are not installed."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop the stack traces that the exporter leaves on every node: they triple a small file and name local paths."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _innermost(error: BaseException) -> str:
+    """The exporter's own message is a page of advice; the cause behind it says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"
