@@ -16,13 +16,18 @@ from lightning_qbn.export.inputs import check_outputs, dynamic_batch, first_that
 from lightning_qbn.export.naming import name_batch, name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import outputs_of
-from lightning_qbn.export.rewrites import store_as_int4
+from lightning_qbn.export.rewrites import multiply_bias_scales, store_as_int4
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
 from lightning_qbn.export.targets import TARGETS, Target
 
 if TYPE_CHECKING:
     import onnx
 
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of operators, which the exporter writes all the same
+    "QuantizeLinear": {"axis": 1, "block_size": 0, "output_dtype": 0, "precision": 0, "saturate": 1},
+    "DequantizeLinear": {"axis": 1, "block_size": 0, "output_dtype": 0},
+    "Conv": {"auto_pad": "NOTSET", "group": 1, "dilations": {1}, "strides": {1}, "pads": {0}},
+}
 _OPSET = 21  # the first with 16-bit and 4-bit integers in QuantizeLinear
 
 
@@ -103,9 +108,17 @@ def convert(
         name_batch(model)
         if int4:
             store_as_int4(model)
-        _forget_sources(model)
+            multiply_bias_scales(model)
+        _slim(model)
         RemoveUnusedNodesPass()(model)
-        return onnx_ir.to_proto(model)
+        proto = onnx_ir.to_proto(model)
+    # Shapes of activations are for people; those of initializers and integers stand elsewhere already.
+    named = {value.name for value in model.graph.initializers.values()}
+    named |= {value.name for node in model.graph if node.op_type == "QuantizeLinear" for value in node.outputs}
+    kept = [info for info in proto.graph.value_info if info.name not in named]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    return proto
 
 
 @contextmanager
@@ -121,17 +134,27 @@ def _quiet_exporter() -> Iterator[None]:
             logging.disable(disabled)
 
 
-def _forget_sources(model: Any) -> None:
-    """Drop the stack traces that the exporter leaves on every node: they triple a small file and name local paths."""
+def _slim(model: Any) -> None:
+    """Drop what says nothing: stack traces, which triple a small file and name local paths, attributes at defaults."""
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+        node.name = (node.name or "").removeprefix("node_")
         for value in node.outputs:
             value.metadata_props.clear()
+        defaults = _DEFAULTS.get(node.op_type, {})
+        for name in [name for name in node.attributes if name in defaults]:
+            value = node.attributes[name].value
+            if defaults[name] == (set(value) if isinstance(value, tuple | list) else value) or _has_no_axis(node, name):
+                del node.attributes[name]
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def _has_no_axis(node: Any, attribute: str) -> bool:
+    return attribute == "axis" and node.inputs[1].shape is not None and node.inputs[1].shape.rank() == 0
 
 
 def _innermost(error: BaseException) -> str:

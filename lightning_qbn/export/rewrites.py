@@ -138,6 +138,26 @@ def store_as_int4(model: onnx_ir.Model) -> None:
         value.type = onnx_ir.TensorType(onnx_ir.DataType.INT4)
 
 
+def multiply_bias_scales(model: onnx_ir.Model) -> None:
+    """The scale of an int32 bias is the product of two that are in the file: beside half bytes it is worth a node."""
+    import onnx_ir
+
+    for layer in list(model.graph):
+        sources = [value.producer() if value is not None else None for value in layer.inputs[:3]]
+        if len(sources) < 3 or any(node is None or node.op_type != "DequantizeLinear" for node in sources):
+            continue
+        x, weight, bias = (node for node in sources if node is not None)
+        scales = [_constant(node.inputs[1]) for node in (x, weight, bias)]
+        if scales[2].ndim and np.array_equal(scales[0] * scales[1], scales[2]):
+            product = onnx_ir.Node("", "Mul", [weight.inputs[1], x.inputs[1]])
+            old = bias.inputs[1]
+            assert old is not None
+            product.outputs[0].name, product.outputs[0].type, product.outputs[0].shape = old.name, old.type, old.shape
+            model.graph.initializers.pop(str(old.name))
+            model.graph.insert_before(bias, product)
+            bias.replace_input_with(1, product.outputs[0])
+
+
 def _axes(mean: onnx_ir.Node) -> set[int]:
     axes = mean.inputs[1] if len(mean.inputs) > 1 else None
     if axes is None or axes.const_value is None:

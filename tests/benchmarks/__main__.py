@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import callbacks, growth, reestimation, speed, sweep
+from . import callbacks, deployment, growth, reestimation, speed, sweep
 
 
 def main(arguments: list[str]) -> None:
@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[0]) if arguments else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    for module in (speed, growth, sweep, reestimation, callbacks):
+    for module in (speed, growth, sweep, reestimation, callbacks, deployment):
         name = module.__name__.rpartition(".")[2]
         module.main([] if folder is None else ["--json", str(folder / f"{name}.json")])
 
