@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_qbn.errors import ReestimationError as ReestimationError
     from lightning_qbn.errors import UnsupportedNetworkError as UnsupportedNetworkError
     from lightning_qbn.export.encodings import export_encodings as export_encodings
+    from lightning_qbn.export.executorch import export_executorch as export_executorch
     from lightning_qbn.export.onnx import ExportReport as ExportReport
     from lightning_qbn.export.onnx import export_onnx as export_onnx
     from lightning_qbn.export.program import export_program as export_program
@@ -63,6 +64,7 @@ _HOMES = {
     ),
     "export.encodings": ("export_encodings",),
     "export.onnx": ("ExportReport", "export_onnx"),
+    "export.executorch": ("export_executorch",),
     "export.program": ("export_program",),
     "fake_quantize": ("FakeQuantize",),
     "folding": ("FoldingReport", "fold_batch_norms"),

@@ -48,8 +48,8 @@ class QuantizedExport(Callback):
 
     Args:
         path: the ONNX file; the other formats stand beside it with their own endings
-            (``.encodings.json``, ``.pt2``).
-        formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
+            (``.encodings.json``, ``.pt2``, ``.pte``).
+        formats: any of ``"onnx"``, ``"encodings"``, ``"program"``, ``"executorch"``.
         example_input: tensor, or tuple of the network's arguments; default: a validation or training batch.
         forward_fn: ``forward_fn(pl_module, batch)``; default: the module on the first element of the batch.
         target: the runtime that the ONNX file is for; see `export_onnx`.

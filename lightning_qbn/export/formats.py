@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
 from lightning_qbn.export.program import export_program
 from lightning_qbn.export.targets import Form
 
-SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "encodings": ".encodings.json", "program": ".pt2", "executorch": ".pte"}
 
 
 def check_formats(formats: Any) -> None:
@@ -23,6 +24,8 @@ def check_formats(formats: Any) -> None:
     listed = isinstance(formats, Sequence) and not isinstance(formats, str)
     if not listed or not formats or any(name not in SUFFIXES for name in formats):
         raise ConfigurationError(f"formats must be some of {list(SUFFIXES)}, found {formats!r}.")
+    if "executorch" in formats and find_spec("executorch") is None:
+        raise ConfigurationError("The format 'executorch' needs that package: pip install 'lightning-qbn[executorch]'.")
 
 
 def export_files(
@@ -38,7 +41,7 @@ def export_files(
     Args:
         folded: result of `fold_batch_norms`.
         path: of the ONNX file.
-        formats: any of ``"onnx"``, ``"encodings"``, ``"program"``.
+        formats: any of ``"onnx"``, ``"encodings"``, ``"program"``, ``"executorch"``.
         example: arguments of the network.
         entries: plain data for the metadata of the ONNX file.
         form: runtime, storage and version, as for `export_onnx`.
@@ -53,4 +56,8 @@ def export_files(
         export_encodings(folded, files["encodings"], form.version)
     if "program" in formats:
         export_program(folded, files["program"], example)
+    if "executorch" in formats:
+        from lightning_qbn.export.executorch import export_executorch
+
+        export_executorch(folded, files["executorch"], example)
     return {name: files[name] for name in formats}, report

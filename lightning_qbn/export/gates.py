@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,27 @@ class Shipment:
 def judge(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], options: SessionOptions) -> Verdict:
     """Compare a file with the deployed network in torch on one batch."""
     outputs = run_session(session(proto.SerializeToString(), options), tuple(tensors_in(inputs)))
+    return weigh(deployed, inputs, outputs, lambda: compare_stepwise(deployed, proto, inputs, options))
+
+
+def weigh(
+    deployed: nn.Module,
+    inputs: tuple[Any, ...],
+    outputs: list[Tensor],
+    stepwise: Callable[[], tuple[list[Step], float, list[Tensor]]],
+) -> Verdict:
+    """Compare what a runtime computes with the deployed network: its outputs, and where they differ its layers.
+
+    Args:
+        deployed: result of `deploy`.
+        inputs: arguments of the network, a batch.
+        outputs: of the runtime.
+        stepwise: gives what `compare_stepwise` does.
+    """
     parity = measure_parity(deployed, outputs_of(deployed, inputs), outputs)
     if parity.max_lsb is not None and parity.max_lsb <= _MOST_LSB and parity.differing <= _MOST_DIFFERING:
         return Verdict(parity)
-    steps, rest, read = compare_stepwise(deployed, proto, inputs, options)
+    steps, rest, read = stepwise()
     wrong = next((step for step in steps if not _is_right(step)), None)
     # While they are read, each layer keeps its integers. Otherwise a runtime may leave out a rounding.
     lost = any(_differing(*pair) > _MOST_DIFFERING for pair in zip(read, outputs, strict=True))

@@ -45,13 +45,19 @@ def two_samples(inputs: tuple[Any, ...]) -> Any:
     return _map(inputs, lambda x: torch.cat([x, x]) if x.dim() else x)
 
 
-def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...], bounded: bool = False) -> list[tuple[Any, ...]]:
     """What to try as ``dynamic_shapes``, from all first dimensions free to none.
 
     Which arguments have a batch dimension is not known before an export succeeds: a tensor of factors for the
     channels has none, and a forward that loops over the images has a fixed one.
+
+    Args:
+        network: takes the arguments.
+        inputs: the arguments.
+        bounded: batches are at most of the size of these, for runtimes that plan their memory ahead.
     """
     samples = _samples(inputs)
+    dimension = torch.export.Dim.DYNAMIC(max=samples) if bounded else torch.export.Dim.DYNAMIC
     rules: list[Callable[[Tensor], bool]] = [
         lambda x: x.dim() > 0 and (x.shape[0] > 1 or samples == 1),
         lambda x: x.dim() > 1 and x.shape[0] == samples,
@@ -59,14 +65,16 @@ def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any
     ]
     found: list[tuple[Any, ...]] = []
     for rule in rules:
-        shapes = _shapes(network, inputs, rule)
+        shapes = _shapes(network, inputs, dimension, rule)
         if shapes not in found:
             found.append(shapes)
     return found
 
 
-def _shapes(network: nn.Module, inputs: tuple[Any, ...], free: Callable[[Tensor], bool]) -> tuple[Any, ...]:
-    shapes = _map(inputs, lambda x: {0: torch.export.Dim.DYNAMIC} if free(x) else None, other=None)
+def _shapes(
+    network: nn.Module, inputs: tuple[Any, ...], dimension: Any, free: Callable[[Tensor], bool]
+) -> tuple[Any, ...]:
+    shapes = _map(inputs, lambda x: {0: dimension} if free(x) else None, other=None)
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     star = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs)
     return cast(tuple[Any, ...], shapes) if star >= len(inputs) else (*shapes[:star], shapes[star:])

@@ -66,11 +66,27 @@ def compare_stepwise(
     last = len(outputs) - len(zero_points)
     found = zip(zero_points.items(), outputs[last:], strict=True)
     integers = {name: x.to(torch.int32) - zero_point for (name, zero_point), x in found}
+    return *compare_given(deployed, inputs, integers, outputs[:last]), outputs[:last]
+
+
+def compare_given(
+    deployed: nn.Module, inputs: tuple[Any, ...], integers: dict[str, Tensor], outputs: list[Tensor]
+) -> tuple[list[Step], float]:
+    """Compare the integers that a runtime computed with those of the deployed network, layer by layer.
+
+    Args:
+        deployed: result of `deploy`.
+        inputs: arguments of the network, a batch.
+        integers: name of each rounded tensor, ``<tensor>.integers``, to its values in steps.
+        outputs: of the runtime.
+
+    Returns:
+        The first two results of `compare_stepwise`.
+    """
     steps: list[Step] = []
     with _substituted(deployed, integers, steps):
         expected = outputs_of(deployed, inputs)
-    rest = max((_rest(*pair) for pair in zip(expected, outputs[:last], strict=True)), default=0.0)
-    return steps, rest, outputs[:last]
+    return steps, max((_rest(*pair) for pair in zip(expected, outputs, strict=True)), default=0.0)
 
 
 def _rest(want: Tensor, got: Tensor) -> float:
@@ -105,7 +121,7 @@ def rounded_tensors(deployed: nn.Module, inputs: tuple[Any, ...]) -> dict[str, l
     def note(name: str, module: nn.Module, output: Tensor) -> None:
         found[first[module]].append(name.removesuffix(".integers"))
 
-    with _heard(deployed, note):
+    with heard(deployed, note):
         outputs_of(deployed, inputs)
     return found
 
@@ -117,7 +133,7 @@ def left_out(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...
     called = [f"{name}.integers" for names in rounded_tensors(deployed, inputs).values() for name in names]
 
     def without(name: str) -> list[Tensor]:
-        with _heard(deployed, lambda found, module, output: torch.zeros_like(output) if found == name else None):
+        with heard(deployed, lambda found, module, output: torch.zeros_like(output) if found == name else None):
             return outputs_of(deployed, inputs)
 
     for name in called:
@@ -143,12 +159,12 @@ def _substituted(deployed: nn.Module, integers: dict[str, Tensor], steps: list[S
             steps.append(Step(name.removesuffix(".integers"), float(difference.max()), share, count, levels))
         return found.to(output.dtype) * module.scale
 
-    with _heard(deployed, compare):
+    with heard(deployed, compare):
         yield
 
 
 @contextmanager
-def _heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor], Any]) -> Iterator[None]:
+def heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor], Any]) -> Iterator[None]:
     """Call a function with every rounded tensor and the name of its integers in the file; it may give another one."""
     calls: Counter[str] = Counter()
 

@@ -163,6 +163,13 @@ def test_roundings_that_add_up_in_a_deep_network_are_no_error():
     assert 0 < verdict.steps[1].differing < 0.01
 
 
+def test_report_says_how_far_layers_are_apart(tmp_path):
+    assert export_onnx(folded(), tmp_path / "net.onnx", IMAGES).layers == {}
+    report = export_onnx(folded(WithFloatEnd), tmp_path / "net.onnx", IMAGES)
+    assert report.layers.keys() == {"disabled", "all"}
+    assert max(report.layers.values()) <= 0.01
+
+
 class WithFloatEnd(nn.Module):
     def __init__(self):
         super().__init__()
