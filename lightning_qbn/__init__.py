@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from lightning_qbn.calibration import Calibration as Calibration
     from lightning_qbn.calibration import calibrate_quantizers as calibrate_quantizers
     from lightning_qbn.callbacks.export import QuantizedExport as QuantizedExport
+    from lightning_qbn.callbacks.oscillation import OscillationDampening as OscillationDampening
+    from lightning_qbn.callbacks.oscillation import OscillationTracking as OscillationTracking
+    from lightning_qbn.callbacks.oscillation import WeightFreezing as WeightFreezing
     from lightning_qbn.callbacks.quantization import QuantizationAwareTraining as QuantizationAwareTraining
     from lightning_qbn.callbacks.reestimation import BatchNormReestimation as BatchNormReestimation
     from lightning_qbn.callbacks.report import RunReport as RunReport
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ("Calibration", "calibrate_quantizers"),
     "callbacks.export": ("QuantizedExport",),
+    "callbacks.oscillation": ("OscillationDampening", "OscillationTracking", "WeightFreezing"),
     "callbacks.quantization": ("QuantizationAwareTraining",),
     "callbacks.reestimation": ("BatchNormReestimation",),
     "callbacks.report": ("RunReport",),

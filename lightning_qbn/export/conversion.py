@@ -75,7 +75,7 @@ def convert(
     from onnxscript.optimizer import fold_constants
 
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             check_outputs(deployed, deployed.eval()(*inputs))
             program = first_that_works(
                 dynamic_batch(deployed, inputs),
@@ -99,7 +99,7 @@ def convert(
         ) from cause
     assert program is not None
     model = program.model
-    with _quiet_exporter():
+    with quiet_exporter():
         fold_constants(model)
         RemoveUnusedNodesPass()(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -122,7 +122,7 @@ def convert(
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Hold back the exporter's advice on opsets, shapes and packages that are not installed."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
+from lightning_qbn.export.conversion import quiet_exporter
 from lightning_qbn.export.deploy import DeployedWeight, QuantizeDequantize, deploy
 from lightning_qbn.export.gates import weigh
 from lightning_qbn.export.inputs import (
@@ -120,7 +117,7 @@ def _lower(deployed: nn.Module, inputs: tuple[Any, ...]) -> bytes:
         return bytes(edge.to_executorch().buffer)
 
     try:
-        with _quiet(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             return first_that_works(dynamic_batch(deployed, inputs, bounded=True), lower)
     except QuantizationError:
         raise
@@ -193,16 +190,3 @@ def _run(buffer: bytes, inputs: tuple[Any, ...]) -> list[Tensor]:
         raise ExportError(
             f"ExecuTorch's runtime does not take its own program: {cause}. No file was written."
         ) from cause
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the partitioner says of every node that it does not take."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(max(disabled, logging.WARNING))
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from callbacks.conftest import CONFIG, Direct, Pictures, state, val_loader
 from lightning_qbn import (
     BatchNormReestimation,
+    OscillationDampening,
     QATSchedule,
     QuantizationAwareTraining,
     QuantizedExport,
     RunReport,
+    WeightFreezing,
     insert_quantizers,
 )
 
@@ -53,6 +55,7 @@ class Note(Callback):
             "chosen": vars(by_name["BatchNormReestimation"].chosen),
             "files": [str(path) for path in export.files.values()],
             "accuracy": dict(report.record.accuracy),
+            "oscillating": by_name["WeightFreezing"].shares,
         }
         torch.save(found, self.folder / f"{trainer.global_rank}.pt")
 
@@ -70,6 +73,8 @@ def main(folder: Path, strategy: str, inserted: bool, accelerator: str, sync: bo
     keeper = ModelCheckpoint(folder, filename="{epoch}", monitor="score", mode="max")
     callbacks = [
         QuantizationAwareTraining(CONFIG, schedule),
+        OscillationDampening(1.0, begin=0.1),
+        WeightFreezing(0.4, 0.01, begin=0.1, momentum=0.2),
         BatchNormReestimation(3, metric=metric, checkpoint="best"),
         QuantizedExport(str(folder / "model.onnx")),
         RunReport(str(folder), metric),

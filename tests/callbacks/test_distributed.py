@@ -65,6 +65,7 @@ def test_a_whole_run_with_uneven_data(strategy, inserted, tmp_path):
     (first, second), said = run("distributed_export.py", tmp_path, strategy, inserted, "cpu", False)
     assert_same(first["state"], second["state"])
     assert first["chosen"] == second["chosen"]
+    assert first["oscillating"] == second["oscillating"] != {}
     assert first["chosen"]["checkpoint"] == "best"
     assert first["chosen"]["epoch"] == 1
     # One rank writes; the report's numbers are of that one.

@@ -34,6 +34,25 @@ def composed(tmp_path: Path, *overrides: str) -> DictConfig:
     return cfg
 
 
+@pytest.mark.parametrize(
+    ("chosen", "kind"),
+    [
+        (None, None),
+        ("tracking", "OscillationTracking"),
+        ("dampening", "OscillationDampening"),
+        ("freezing", "WeightFreezing"),
+    ],
+)
+def test_oscillation_is_a_callback_behind_quantization(tmp_path, chosen, kind):
+    cfg = composed(tmp_path, *([] if chosen is None else [f"oscillation={chosen}"]))
+    kinds = [entry._target_.rpartition(".")[2] for entry in cfg.callbacks.values() if entry is not None]
+    if kind is None:
+        assert not {"OscillationTracking", "OscillationDampening", "WeightFreezing"} & set(kinds)
+        return
+    assert kinds[:3] == ["QuantizationAwareTraining", kind, "BatchNormReestimation"]
+    assert type(instantiate(cfg.callbacks.oscillation)).__name__ == kind
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
 @pytest.mark.parametrize(
