@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import randomise_batch_norms
@@ -223,15 +224,18 @@ def test_nan_is_no_agreement(bits):
 
 @pytest.mark.parametrize("bits", [12, 16, None])
 def test_matrices_of_more_dimensions_are_exact_with_wide_activations(tmp_path, bits):
-    """onnxruntime rounds them by itself unless it is told not to."""
+    """Newer versions of onnxruntime round them by themselves unless they are told not to."""
     x = torch.randn(8, 5, 16)
     network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     insert_quantizers(network, QuantizationConfig(activation_bits=bits))
     calibrate_quantizers(network, [x], 1)
     network = fold_batch_norms(network)
-    with pytest.warns(QuantizationWarning, match="rounds float activations"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", QuantizationWarning)
         report = export_onnx(network, tmp_path / "net.onnx", x)
-    assert report.remedy == "float accumulation"
+    expected = [] if onnxruntime.__version__.startswith("1.23.") else ["float accumulation"]
+    assert [report.remedy] == (expected or [None])
+    assert [remedy for w in said for remedy in REMEDIES if f"shipped with {remedy}," in str(w.message)] == expected
     found = run_session(session(tmp_path / "net.onnx"), (x,))[0]
     assert (found - network(x)).abs().max() < 1e-3 * network(x).abs().max()
 
