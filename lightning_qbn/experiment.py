@@ -116,7 +116,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint or state_dict, of tensors and plain data alone."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as cause:
+    except (OSError, EOFError, RuntimeError) as cause:  # the last of a file that was cut short
         raise ConfigurationError(f"The checkpoint {path} cannot be read: {cause}.") from cause
     except pickle.UnpicklingError as cause:
         raise ConfigurationError(

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_qbn.errors import ExportError, QuantizationError
 
@@ -27,7 +28,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_MACHINE}-{os.getpid()}-", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.name[:80]}.{_MACHINE}-{os.getpid()}-", suffix=".tmp", dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -89,6 +92,19 @@ def check_writable(directory: str | Path, error: type[QuantizationError] = Expor
             pass
     except OSError as cause:
         raise error(f"The directory {directory} cannot be written: {cause}. Choose another one.") from cause
+
+
+def check_file(path: Any) -> None:
+    """Raise now what writing a file would raise at the end.
+
+    Raises:
+        ExportError: it is no path, is that of a folder, or its directory cannot be written.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError(f"The path of a file is needed, such as 'model.onnx', found {path!r}.")
+    if Path(path).is_dir():
+        raise ExportError(f"{path} is a folder; give a file in it.")
+    check_writable(Path(path).parent)
 
 
 def _umask() -> int:

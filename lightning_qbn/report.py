@@ -115,8 +115,13 @@ def _parity(record: RunRecord) -> str:
     if record.export is None:
         return f"Nothing was exported: {record.refused}." if record.refused else ""
     parts = []
-    for level, name in (("disabled", "graph as written"), ("all", "graph optimized")):
-        parts.append(f"{name}: {_distance(record.export.parity[level])}")
+    names = {
+        "disabled": "graph as written",
+        "all": "graph optimized",
+        "float": "float graph, against the network without its activation quantizers",
+    }
+    for level, parity in record.export.parity.items():
+        parts.append(f"{names[level]}: {_distance(parity)}")
     if (bias := record.export.bias_parity) is not None:
         parts.append(f"int32 biases: {_distance(bias)}")
     remedy = f" (with {record.export.remedy}, for this processor)" if record.export.remedy else ""

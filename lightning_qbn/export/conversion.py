@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
+from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.inputs import check_outputs, dynamic_batch, first_that_works, one_sample, tensors_in
+from lightning_qbn.export.inputs import warn_of_fixed_batch as say_fixed
 from lightning_qbn.export.naming import name_batch, name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import outputs_of
@@ -40,13 +41,7 @@ def warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tup
         return
     if any(has_batch) and _takes_one_sample(deployed, proto, one_sample(inputs, has_batch)):
         return
-    samples = next(x.shape[0] for x in tensors if x.dim())
-    warnings.warn(
-        f"The file takes batches of {samples} only: forward of {type(deployed).__name__} makes a number of the batch "
-        f"size, as loops over x do. Write x.shape[0], or flatten(1).",
-        QuantizationWarning,
-        stacklevel=3,
-    )
+    say_fixed(deployed, inputs)
 
 
 def _takes_one_sample(deployed: nn.Module, proto: onnx.ModelProto, sample: tuple[Any, ...]) -> bool:
@@ -104,7 +99,7 @@ def convert(
         RemoveUnusedNodesPass()(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         runtime.rewrite(model)
-        name_values(model)
+        name_values(model, deployed)
         name_batch(model)
         if int4:
             store_as_int4(model)

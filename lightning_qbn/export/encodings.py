@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from lightning_qbn.errors import ExportError
 from lightning_qbn.export.deploy import REPEATED, DeployedWeight, QuantizeDequantize, deploy
 from lightning_qbn.export.encoding_formats import FORMATS, Encoding
-from lightning_qbn.export.naming import tensor_name
-from lightning_qbn.files import write_text
+from lightning_qbn.export.naming import tensor_names
+from lightning_qbn.files import check_file, write_text
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.tracing import join
 
@@ -39,13 +39,14 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
     """
     if version not in FORMATS:
         raise ExportError(f"Encodings of version {version!r} cannot be written. Versions: {', '.join(FORMATS)}.")
+    check_file(path)
     document = FORMATS[version](_entries(deploy(folded)))
     write_text(path, json.dumps(document, indent=1))
     return document
 
 
-def encodings_of_graph(deployed: nn.Module, names: dict[str, list[str]], version: str) -> str:
-    """The content of an encodings file for a float graph.
+def encodings_of_graph(deployed: nn.Module, names: dict[str, list[str]], version: str) -> tuple[str, list[str]]:
+    """The content of an encodings file for a float graph, and the names of the parameters in it.
 
     Args:
         deployed: result of `deploy`.
@@ -66,7 +67,8 @@ def encodings_of_graph(deployed: nn.Module, names: dict[str, list[str]], version
         for entry in _entries(deployed)
         for name in ([entry.name] if entry.is_parameter else names.get(entry.name, []))
     ]
-    return json.dumps(FORMATS[version](entries), indent=1)
+    content = json.dumps(FORMATS[version](entries), indent=1)
+    return content, [entry.name for entry in entries if entry.is_parameter]
 
 
 def encodings_path(path: str | Path) -> Path:
@@ -77,10 +79,10 @@ def encodings_path(path: str | Path) -> Path:
 
 def _entries(deployed: nn.Module) -> list[Encoding]:
     entries: list[Encoding] = []
-    idle = _not_called(deployed)
+    idle, names = _not_called(deployed), tensor_names(deployed)
     for name, module in deployed.named_modules():
         if isinstance(module, QuantizeDequantize) and name not in idle:
-            entries.append(_activation(name, module))
+            entries.append(_activation(names[name], module))
         elif isinstance(module, DeployedWeight) and name not in idle:
             entries.extend(_layer(name, module))
     return entries
@@ -105,7 +107,7 @@ def _called(graph: fx.Graph) -> set[str]:
 
 def _activation(name: str, module: QuantizeDequantize) -> Encoding:
     bits = (module.quant_max - module.quant_min + 1).bit_length() - 1
-    return Encoding(tensor_name(name), bits, module.quant_min < 0, module.scale, module.zero_point)
+    return Encoding(name, bits, module.quant_min < 0, module.scale, module.zero_point)
 
 
 def _layer(name: str, layer: DeployedWeight) -> list[Encoding]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qbn.errors import ExportError, QuantizationError
+from lightning_qbn.errors import ExportError, QuantizationError, QuantizationWarning
 from lightning_qbn.export.conversion import quiet_exporter
 from lightning_qbn.export.deploy import DeployedWeight, QuantizeDequantize, deploy
 from lightning_qbn.export.gates import weigh
@@ -18,12 +19,15 @@ from lightning_qbn.export.inputs import (
     check_outputs,
     dynamic_batch,
     first_that_works,
+    is_fixed,
     tensors_in,
     two_samples,
+    warn_of_fixed_batch,
 )
+from lightning_qbn.export.operators import dequantize
 from lightning_qbn.export.parity import Parity
 from lightning_qbn.export.stepwise import Step, compare_given, heard
-from lightning_qbn.files import atomic
+from lightning_qbn.files import atomic, check_file
 
 
 def export_executorch(folded: nn.Module, path: str | Path, example_input: Tensor | tuple[Any, ...]) -> Parity:
@@ -44,6 +48,7 @@ def export_executorch(folded: nn.Module, path: str | Path, example_input: Tensor
         ExportError: the network is not folded or cannot be exported, activations have more than 8 bits, or ExecuTorch
             computes something else.
     """
+    check_file(path)
     inputs = as_deployed(example_input if isinstance(example_input, tuple) else (example_input,))
     check_example(inputs)
     inputs = two_samples(inputs)
@@ -63,6 +68,15 @@ def export_executorch(folded: nn.Module, path: str | Path, example_input: Tensor
         integers = {name: (x.double() / scale).round().to(torch.int32) for (name, scale), x in found}
         return *compare_given(expected, inputs, integers, outputs[:last]), outputs[:last]
 
+    in_float = [name for name, x in given.named_buffers() if name.endswith("weight_integers") and x.is_floating_point()]
+    if in_float:
+        layers = ", ".join(name.removesuffix("weight_integers").rstrip(".") or "the network" for name in in_float)
+        warnings.warn(
+            f"XNNPACK has no integer operator for {layers} with what stands behind: the program computes them with the "
+            f"floats that their integers stand for.",
+            QuantizationWarning,
+            stacklevel=2,
+        )
     verdict = weigh(expected, inputs, _run(buffer, inputs), stepwise)
     if not verdict.passed:
         raise ExportError(f"ExecuTorch does not compute what was trained: {verdict}. No file was written.")
@@ -108,23 +122,54 @@ def _lower(deployed: nn.Module, inputs: tuple[Any, ...]) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    tried: list[Any] = []
+
     def lower(shapes: tuple[Any, ...]) -> bytes:
+        tried.append(shapes)
         program = torch.export.export(deployed.eval(), inputs, dynamic_shapes=shapes)
         program = program.run_decompositions(_decompositions())
         _round_before_concatenation(program)
         _part_users(program)
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        return bytes(edge.to_executorch().buffer)
+        left = _left_in_float(edge.exported_program())
+        if not left:
+            return bytes(edge.to_executorch().buffer)
+        _give_floats(deployed, left)
+        return lower(shapes)
 
     try:
         with quiet_exporter(), torch.no_grad():
-            return first_that_works(dynamic_batch(deployed, inputs, bounded=True), lower)
+            buffer = first_that_works(dynamic_batch(deployed, inputs, bounded=True), lower)
     except QuantizationError:
         raise
     except Exception as cause:
         raise ExportError(
             f"ExecuTorch cannot take {type(deployed).__name__}: {type(cause).__name__}: {cause}"
         ) from cause
+    if is_fixed(tried[-1]) and not isinstance(deployed, _Exposed):
+        warn_of_fixed_batch(deployed, inputs)
+    return buffer
+
+
+def _left_in_float(program: torch.export.ExportedProgram) -> list[str]:
+    """Layers whose weights are still dequantized: XNNPACK has no integer operator for what they are part of."""
+    buffers = program.graph_signature.inputs_to_buffers
+    names = [
+        buffers.get(str(node.args[0]), "")
+        for node in program.graph.nodes
+        if node.op == "call_function" and "dequantize_per_channel" in str(node.target)
+    ]
+    return [name.removesuffix("weight_integers").rstrip(".") for name in names]
+
+
+def _give_floats(deployed: nn.Module, names: list[str]) -> None:
+    """Layers that get the floats that their integers stand for, and compute with those."""
+    for name in names:
+        layer = deployed.get_submodule(name)
+        if not isinstance(layer, DeployedWeight) or layer.weight_integers.is_floating_point():
+            raise ExportError(f"ExecuTorch's XNNPACK takes {name} neither in integers nor in float.")
+        values = (layer.weight_integers, layer.weight_scale, layer.weight_zero_point, layer.weight_axis)
+        layer.weight_integers = dequantize(*values)
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -139,6 +184,8 @@ def _decompositions() -> dict[Any, Any]:
         return operators.dequantize_per_tensor(operators.quantize_per_tensor(x, *grid), *grid)  # type: ignore[no-any-return]
 
     def weight(integers: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+        if integers.is_floating_point():  # those of `_give_floats`
+            return integers.clone()
         return operators.dequantize_per_channel(integers, scale, zero_point, axis, -127, 127, torch.int8)  # type: ignore[no-any-return]
 
     ours = torch.ops.lightning_qbn

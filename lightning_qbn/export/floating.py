@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from lightning_qbn.errors import ExportError
+from lightning_qbn.export.conversion import quiet_exporter
 from lightning_qbn.export.deploy import QuantizeDequantize
 from lightning_qbn.export.inputs import tensors_in
 from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
@@ -39,13 +40,15 @@ def float_form(proto: onnx.ModelProto, rounded: Iterable[str]) -> tuple[onnx.Mod
     model, kept = onnx_ir.from_proto(proto), set(rounded)
     renamed: dict[str, str] = {}
     taken: set[onnx_ir.Value] = set()
+    floats: dict[onnx_ir.Value, onnx_ir.Value] = {}
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear":
             if node.inputs[0] is not None and node.inputs[0].const_value is not None:
-                _as_floats(model, node)
+                _as_floats(model, node, floats)
             else:
                 _take_out(model, node, kept, renamed, taken)
-    RemoveUnusedNodesPass()(model)
+    with quiet_exporter():
+        RemoveUnusedNodesPass()(model)
     return onnx_ir.to_proto(model), renamed
 
 
@@ -107,10 +110,19 @@ def _before(value: onnx_ir.Value) -> onnx_ir.Value:
     return node.inputs[0]
 
 
-def _as_floats(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
-    """A tensor of floats in place of integers and their scale, and of the factors behind them, where there are any."""
+def _as_floats(model: onnx_ir.Model, node: onnx_ir.Node, made: dict[onnx_ir.Value, onnx_ir.Value]) -> None:
+    """A tensor of floats in place of integers and their scale; one for all calls of a layer.
+
+    Weights of transposed convolutions of groups have factors behind them; `encodings_of_graph` refuses those.
+    """
     import onnx_ir
 
+    source = node.inputs[0]
+    assert source is not None
+    if source in made:
+        node.outputs[0].name = f"{node.outputs[0].name}.again"
+        node.outputs[0].replace_all_uses_with(made[source])
+        return
     integers, scale, *shift = (
         value.const_value.numpy() for value in node.inputs if value is not None and value.const_value
     )
@@ -118,14 +130,10 @@ def _as_floats(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
     shape = [-1 if index == axis else 1 for index in range(integers.ndim)] if scale.ndim else []
     steps = integers.astype(np.float32) - (shift[0].astype(np.float32).reshape(shape) if shift else 0)
     floats, output = steps * scale.reshape(shape), node.outputs[0]
-    users = [user for user, _ in output.uses()]
     name = str(output.name)
-    if len(users) == 1 and users[0].op_type == "Mul" and users[0].inputs[1] is not None:
-        factor = users[0].inputs[1].const_value
-        if factor is not None:
-            floats, output = floats * factor.numpy(), users[0].outputs[0]
-    node.outputs[0].name = f"{name}.dequantized"
+    output.name = f"{name}.dequantized"
     tensor = onnx_ir.tensor(floats.astype(np.float32), name=name)
     value = onnx_ir.Value(name=name, type=output.type, shape=onnx_ir.Shape(floats.shape), const_value=tensor)
     model.graph.register_initializer(value)
     output.replace_all_uses_with(value)
+    made[source] = value

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ConfigurationError
-from lightning_qbn.export.encodings import encodings_path, export_encodings
+from lightning_qbn.export.encodings import export_encodings
 from lightning_qbn.export.onnx import ExportReport, describe, export_onnx
 from lightning_qbn.export.program import export_program
 from lightning_qbn.export.targets import Form
@@ -46,8 +46,8 @@ def export_files(
         entries: plain data for the metadata of the ONNX file.
         form: runtime, storage and version, as for `export_onnx`.
     """
-    files = {name: path.with_name(path.stem + suffix) for name, suffix in SUFFIXES.items()}
-    files |= {"onnx": path, "encodings": encodings_path(path)}
+    name_of_all = path.name.removesuffix(".onnx")
+    files = {name: path.with_name(name_of_all + suffix) for name, suffix in SUFFIXES.items()} | {"onnx": path}
     report = None
     if "onnx" in formats:
         report = export_onnx(folded, path, example, describe(entries), **asdict(form))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qbn.errors import ExportError
+from lightning_qbn.errors import ExportError, QuantizationWarning
 
 Exported = TypeVar("Exported")
 
@@ -98,7 +99,27 @@ def one_sample(inputs: tuple[Any, ...], has_batch: Sequence[bool]) -> tuple[Any,
 
 
 def _samples(inputs: tuple[Any, ...]) -> int:
-    return max((x.shape[0] for x in tensors_in(inputs) if x.dim()), default=0)
+    """Size of the batch: that of the first tensor of several dimensions."""
+    tensors = sorted(tensors_in(inputs), key=lambda x: x.dim() < 2)
+    return tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+
+
+def warn_of_fixed_batch(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Say that a file takes batches of the size of these arguments only."""
+    warnings.warn(
+        f"The file takes batches of {_samples(inputs)} only: {type(network).__name__} has no other export, as "
+        f"where forward loops over x, makes a number of its size, or takes one sample alone. Write x.shape[0], or "
+        f"flatten(1).",
+        QuantizationWarning,
+        stacklevel=4,
+    )
+
+
+def is_fixed(shapes: Any) -> bool:
+    """Whether ``dynamic_shapes`` leave no dimension free."""
+    if isinstance(shapes, dict):
+        shapes = list(shapes.values())
+    return all(is_fixed(part) for part in shapes) if isinstance(shapes, tuple | list) else shapes is None
 
 
 def _map(value: Any, change: Callable[[Tensor], Any], **other: None) -> Any:

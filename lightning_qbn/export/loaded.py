@@ -30,7 +30,10 @@ class ExportedFile(nn.Module):
         elif path.suffix == ".pt2":
             import lightning_qbn.export.operators  # noqa: F401  defines the operators of the program
 
-            self.loaded = torch.export.load(path).module()
+            try:
+                self.loaded = torch.export.load(path).module()
+            except Exception as cause:
+                raise ConfigurationError(f"{path} is no program that torch.export reads: {cause!r}.") from cause
         else:
             raise ConfigurationError(f"{path} is neither an .onnx file nor a .pt2 program.")
         self.seconds: list[float] = []

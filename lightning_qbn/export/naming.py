@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_qbn.export.deploy import REPEATED, QuantizeDequantize
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -12,13 +17,14 @@ if TYPE_CHECKING:
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module of a node
 
 
-def name_values(model: onnx_ir.Model) -> None:
+def name_values(model: onnx_ir.Model, deployed: nn.Module) -> None:
     """Name every quantized tensor after its module, and give every quantizer parameters of its own.
 
     The rounded output of the group that ends in ``stem.2`` is ``stem.2``, its integers ``stem.2.integers``,
     a dequantized weight ``stem.0.weight``. Inputs of the graph keep their names, an output takes the name of
     the tensor.
     """
+    owners = _Owners(deployed)
     fixed = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     holders = {value.name: value for node in model.graph for value in node.outputs if value.name not in fixed}
     tensors: dict[onnx_ir.Node, str] = {}
@@ -26,13 +32,13 @@ def name_values(model: onnx_ir.Model) -> None:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         if node.op_type == "DequantizeLinear":
-            tensors[node] = _rename(node.outputs[0], _owner(node), fixed, holders)
+            tensors[node] = _rename(node.outputs[0], owners.of(node), fixed, holders)
             continue
         # Its integers may be cut off or flattened before they are dequantized.
         last = node.outputs[0]
         while (user := _only_user(last)) is not None and user.op_type in ("Clip", "Flatten"):
             last = user.outputs[0]
-        tensors[node] = _rename(last, f"{_owner(node)}.integers", fixed, holders).removesuffix(".integers")
+        tensors[node] = _rename(last, f"{owners.of(node)}.integers", fixed, holders).removesuffix(".integers")
     _unshare(model, tensors)
 
 
@@ -50,6 +56,25 @@ def name_batch(model: onnx_ir.Model) -> None:
         for index, dim in enumerate(value.shape or ()):
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None and value.shape is not None:
                 value.shape[index] = onnx_ir.SymbolicDim(symbol.sub("batch", dim.value))
+
+
+def tensor_names(deployed: nn.Module) -> dict[str, str]:
+    """Path of each quantizer to the name of the tensor that it rounds, no two of them the same.
+
+    A function and a module may be called the same (``x.mean()`` and ``self.mean``), and so may a module and an
+    argument; the second one is ``mean_op``. Quantizers that repeat another one are not in it.
+    """
+    arguments = set(inspect.signature(deployed.forward).parameters)
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for path, module in deployed.named_modules():
+        if isinstance(module, QuantizeDequantize) and not path.endswith(f".{REPEATED}"):
+            name = tensor_name(path)
+            while name in taken or (name in arguments and path != f"{name}_quantizer"):
+                name = f"{name}_op"
+            found[path] = name
+            taken.add(name)
+    return found
 
 
 def _only_user(value: onnx_ir.Value) -> onnx_ir.Node | None:
@@ -70,14 +95,25 @@ def tensor_name(path: str) -> str:
     return ".".join(part for part in (owner, "" if what == "output" else what, number.strip("_")) if part)
 
 
-def _owner(node: onnx_ir.Node) -> str:
-    """Name of the tensor that a Q or DQ node gives, without the ending of its integers."""
-    *_, path, _ = ast.literal_eval(node.metadata_props[_SCOPES])
-    if "_quantizer" in path.rpartition(".")[2]:
-        return tensor_name(path)
-    # The integers of a weight or of a bias: "stem.0.weight_integers".
-    data = node.inputs[0].name if node.inputs[0] is not None else None
-    return (data or "").removesuffix("_integers")
+class _Owners:
+    """Names of the tensors that Q and DQ nodes give, whatever path their module was called by."""
+
+    def __init__(self, deployed: nn.Module) -> None:
+        self.names = tensor_names(deployed)
+        first = {module: path for path, module in deployed.named_modules()}
+        self.first = {path: first[module] for path, module in deployed.named_modules(remove_duplicate=False)}
+
+    def of(self, node: onnx_ir.Node) -> str:
+        """Without the ending of integers."""
+        *_, path, _ = ast.literal_eval(node.metadata_props[_SCOPES])
+        path = self.first.get(path, path)
+        if "_quantizer" in path.rpartition(".")[2]:
+            return self.names.get(path) or tensor_name(path)
+        # The integers of a weight or of a bias: "stem.0.weight_integers".
+        data = (node.inputs[0].name if node.inputs[0] is not None else None) or ""
+        owner, _, attribute = data.rpartition(".")
+        owner = self.first.get(owner, owner)
+        return f"{owner}.{attribute}".strip(".").removesuffix("_integers")
 
 
 def _rename(value: onnx_ir.Value, wanted: str, fixed: set[str | None], holders: dict[str | None, onnx_ir.Value]) -> str:

@@ -24,7 +24,7 @@ from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
 from lightning_qbn.export.runtime import SessionOptions, options_path
 from lightning_qbn.export.stepwise import rounded_tensors
 from lightning_qbn.export.targets import Form
-from lightning_qbn.files import atomic, kept_on_failure, write_text
+from lightning_qbn.files import atomic, check_file, kept_on_failure, write_text
 from lightning_qbn.garbage import collected_later
 
 if TYPE_CHECKING:
@@ -107,17 +107,17 @@ def export_onnx(
     inputs = as_deployed(inputs)
     check_example(inputs)
     form = Form(target, weight_storage, encodings_version)
-    if Path(path).is_dir():
-        raise ExportError(f"{path} is a folder; give a file in it.")
+    check_file(path)
+    beside = (encodings_path if form.runtime.encodings else options_path)(path)
+    check_file(beside)
     runtime = form.runtime
     deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
     runtime.check(deployed)
     proto = convert(deployed, inputs, runtime, weight_storage == "int4")
     warn_of_fixed_batch(deployed, proto, inputs)
-    entries = {"producer": f"lightning_qbn {__version__}"} | (metadata or {})
+    entries = describe({"producer": f"lightning_qbn {__version__}"} | (metadata or {}))
     for key, value in entries.items():
         proto.metadata_props.add(key=key, value=value)
-    beside = encodings_path(path) if runtime.encodings else options_path(path)
     with kept_on_failure(beside), atomic(path) as temporary:
         import onnx
 
@@ -133,10 +133,12 @@ def export_onnx(
             shipped.options.write_beside(path)
         onnx.save(shipped.proto, str(temporary))
         size = temporary.stat().st_size
+    if runtime.encodings:  # those of an earlier file of this name are not for a float graph
+        options_path(path).unlink(missing_ok=True)
     layers = {name: layer for name, layer in deployed.named_modules() if isinstance(layer, DeployedWeight)}
     biases = tuple(name for name, layer in layers.items() if layer.bias_integers is not None)
     constant = {name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels}
-    verdicts = {"disabled": graph, "all": shipped.verdict}
+    verdicts = {"disabled": graph, "float" if runtime.encodings else "all": shipped.verdict}
     parity = {level: verdict.parity for level, verdict in verdicts.items()}
     worst = {level: max(step.differing for step in v.steps) for level, v in verdicts.items() if v.steps}
     rounding = None
@@ -156,7 +158,12 @@ def _float_shipment(
     parity = check_float_form(deployed, floats, inputs)
     held = {name for node in floats.graph.node for name in (*node.input, *node.output)}
     names = {name: [new for old in calls if (new := renamed.get(old, old)) in held] for name, calls in rounded.items()}
-    write_text(encodings_path(path), encodings_of_graph(deployed, names, form.version))
+    content, parameters = encodings_of_graph(deployed, names, form.version)
+    if absent := [name for name in parameters if name not in held]:
+        raise ExportError(
+            f"The float graph has no tensor {absent[0]}, which has an encoding. Please report the network."
+        )
+    write_text(encodings_path(path), content)
     return Shipment(floats, SessionOptions(), Verdict(parity))
 
 

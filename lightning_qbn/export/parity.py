@@ -74,15 +74,24 @@ def _is_quantizer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return isinstance(modules.get(str(node.target)), QuantizeDequantize)
 
 
+def _nodes_in(value: Any) -> list[fx.Node]:
+    if isinstance(value, fx.Node):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [node for part in value for node in _nodes_in(part)] if isinstance(value, tuple | list) else []
+
+
 def _output_step(deployed: nn.Module, index: int) -> float | None:
     """Step of the quantizer that rounds an output of the network, or None."""
     traced = getattr(deployed, "traced", None)
     if traced is None:
         return None
     (output,) = [node for node in traced.eval.nodes if node.op == "output"]
-    if index >= len(output.all_input_nodes):
+    sources = _nodes_in(output.args[0])  # with repeats, which `all_input_nodes` drops
+    if index >= len(sources):
         return None
-    source, modules = output.all_input_nodes[index], dict(deployed.named_modules())
+    source, modules = sources[index], dict(deployed.named_modules())
     while not _is_quantizer(source, modules) and kind(source, modules) == "transparent" and source.all_input_nodes:
         source = source.all_input_nodes[0]
     module = deployed.get_submodule(str(source.target)) if source.op == "call_module" else None

@@ -10,14 +10,21 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import deploy
-from lightning_qbn.export.inputs import as_deployed, dynamic_batch, first_that_works, two_samples
-from lightning_qbn.files import atomic
+from lightning_qbn.export.inputs import (
+    as_deployed,
+    dynamic_batch,
+    first_that_works,
+    is_fixed,
+    two_samples,
+    warn_of_fixed_batch,
+)
+from lightning_qbn.files import atomic, check_file
 
 
 def export_program(
     folded: nn.Module, path: str | Path, example_input: Tensor | tuple[Any, ...]
 ) -> torch.export.ExportedProgram:
-    """Write a ``.pt2`` file with integer weights; the batch size stays dynamic.
+    """Write a ``.pt2`` file with integer weights; the batch size stays dynamic where forward allows it.
 
     Import ``lightning_qbn.export.operators`` before `torch.export.load`: it defines the two operators
     ``lightning_qbn::quantize_dequantize`` and ``lightning_qbn::dequantize`` of the program.
@@ -30,18 +37,24 @@ def export_program(
     Raises:
         ExportError: the network is not folded or cannot be exported.
     """
+    check_file(path)
     inputs = two_samples(as_deployed(example_input if isinstance(example_input, tuple) else (example_input,)))
+    tried: list[Any] = []
+
+    def export(shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+        tried.append(shapes)
+        return torch.export.export(deployed, inputs, dynamic_shapes=shapes)
+
     try:
         deployed = deploy(folded).cpu().float()
         with torch.no_grad():
-            program = first_that_works(
-                dynamic_batch(deployed, inputs),
-                lambda shapes: torch.export.export(deployed, inputs, dynamic_shapes=shapes),
-            )
+            program = first_that_works(dynamic_batch(deployed, inputs), export)
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            torch.export.save(program, file)
     except QuantizationError:
         raise
     except Exception as cause:
         raise ExportError(f"{type(folded).__name__} cannot be exported: {type(cause).__name__}: {cause}") from cause
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        torch.export.save(program, file)
+    if is_fixed(tried[-1]):
+        warn_of_fixed_batch(folded, inputs)
     return program

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qbn.export.deploy import REPEATED, QuantizeDequantize
+from lightning_qbn.export.deploy import QuantizeDequantize
 from lightning_qbn.export.inputs import tensors_in
-from lightning_qbn.export.naming import tensor_name
+from lightning_qbn.export.naming import tensor_names
 from lightning_qbn.export.parity import distance, outputs_of, range_of
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
 
@@ -115,7 +115,8 @@ def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
 
 def rounded_tensors(deployed: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[str]]:
     """Tensors that a deployed network rounds: of each quantizer, by its first one, those of all its calls."""
-    first = {module: tensor_name(path) for path, module in deployed.named_modules()}
+    names = tensor_names(deployed)
+    first = {deployed.get_submodule(path): name for path, name in names.items()}
     found: dict[str, list[str]] = defaultdict(list)
 
     def note(name: str, module: nn.Module, output: Tensor) -> None:
@@ -177,9 +178,8 @@ def heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor]
         return hook
 
     handles = [
-        module.register_forward_hook(listen(f"{tensor_name(path)}.integers"))
-        for path, module in deployed.named_modules()
-        if isinstance(module, QuantizeDequantize) and not path.endswith(f".{REPEATED}")
+        deployed.get_submodule(path).register_forward_hook(listen(f"{name}.integers"))
+        for path, name in tensor_names(deployed).items()
     ]
     try:
         yield

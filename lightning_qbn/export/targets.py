@@ -82,7 +82,7 @@ class Form:
         """Check them."""
         known = (("target", TARGETS), ("weight_storage", STORAGE), ("encodings_version", (None, *FORMATS)))
         for name, values in known:
-            if getattr(self, name) not in values:
+            if getattr(self, name) not in list(values):
                 listed = ", ".join(str(value) for value in values if value is not None)
                 raise ConfigurationError(f"{name} must be one of {listed}, found {getattr(self, name)!r}.")
         if self.runtime.encodings and self.weight_storage != "int8":

@@ -12,6 +12,7 @@ from lightning_qbn import (
     ConfigurationError,
     ExportError,
     QuantizationConfig,
+    QuantizationWarning,
     QuantizedExport,
     calibrate_quantizers,
     export_executorch,
@@ -105,13 +106,43 @@ def test_layer_at_two_scales_for_which_xnnpack_has_one_bias(runtime, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(
-    ("config", "message"), [({"activation_bits": 16}, "more than 8 bits"), ({"activation_bits": None}, "cannot take")]
-)
-def test_what_xnnpack_has_not(runtime, tmp_path, config, message):
-    with pytest.raises(ExportError, match=message):
-        export_executorch(folded(Odd, **config), tmp_path / "net.pte", IMAGES)
+@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.PReLU(), nn.Sigmoid()])
+def test_layers_that_xnnpack_has_not_in_integers_are_computed_in_float(runtime, tmp_path, act):
+    network, path = folded(lambda: nn.Sequential(nn.Conv2d(1, 8, 3), act, nn.Conv2d(8, 4, 3))), tmp_path / "net.pte"
+    with pytest.warns(QuantizationWarning, match="no integer operator for 0 with"):
+        assert export_executorch(network, path, IMAGES).max_lsb <= 1.01
+    (found,) = runtime.load_program(path).load_method("forward").execute([IMAGES[:2]])
+    step = float(network[2].output_quantizer.scale.detach())
+    assert (found - network(IMAGES[:2])).abs().max() <= 1.01 * step
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:XNNPACK has no integer operator")
+@pytest.mark.parametrize("config", [{"activation_bits": None}, {"skip": ["stem"]}])
+def test_float_parts(runtime, tmp_path, config):
+    assert export_executorch(folded(Odd, **config), tmp_path / "net.pte", IMAGES).differing <= 0.02
+
+
+@pytest.mark.peers
+def test_wide_activations(runtime, tmp_path):
+    with pytest.raises(ExportError, match="more than 8 bits"):
+        export_executorch(folded(Odd, activation_bits=16), tmp_path / "net.pte", IMAGES)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:XNNPACK has no integer operator")
+def test_fixed_batch_is_said(runtime, tmp_path):
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, x):
+            return torch.stack([part.mean((1, 2)) for part in self.conv(x)])
+
+    with pytest.warns(QuantizationWarning, match="batches of 8 only"):
+        export_executorch(folded(Loop), tmp_path / "net.pte", IMAGES)
 
 
 def test_the_format_needs_the_package(monkeypatch):

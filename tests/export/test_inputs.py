@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 
 import onnx
 import pytest
@@ -13,8 +14,11 @@ from torch import nn
 from lightning_qbn import (
     ExportError,
     QuantizationConfig,
+    QuantizationWarning,
     calibrate_quantizers,
+    export_encodings,
     export_onnx,
+    export_program,
     fold_batch_norms,
     insert_quantizers,
 )
@@ -70,6 +74,7 @@ def _times(net, x, y):
         (Two(_times), torch.rand(4), ("batch", 4)),  # one factor for each channel
         (Two(_times), torch.rand(1), ("batch", 1)),
         (Two(_times), torch.tensor(2.0), ("batch", None)),
+        (Two(lambda net, x, y: net.layer(x) * torch.cat([y, y])[:4].view(1, -1, 1, 1)), torch.rand(9), ("batch", 9)),
         (Two(lambda net, x, y: net.layer(x)), images(), ("batch", "batch")),
     ],
 )
@@ -86,9 +91,12 @@ def test_arguments_of_any_form(tmp_path, network, second, batch, size):
         found.append((size[0].dim_param or size[0].dim_value) if size else None)
     assert found[0] == batch[0]
     assert found[1] == batch[1] or isinstance(found[1], str)
+    export_program(folded, tmp_path / "net.pt2", (x, y))
     more = (torch.cat([x, x]), torch.cat([y, y]) if y.dim() == 4 else y)
     step = max((float(quantizer.scale.detach()) for quantizer in quantizers(folded).values()), default=1e-4)
-    assert (run_session(session(path), more)[0] - folded(*more)).abs().max() <= 2.01 * step
+    program = torch.export.load(tmp_path / "net.pt2").module()(*more)
+    for found in (run_session(session(path), more)[0], program):
+        assert (found - folded(*more)).abs().max() <= 2.01 * step
 
 
 def test_a_dictionary_is_an_argument_as_any_other(tmp_path):
@@ -112,3 +120,40 @@ def test_an_example_on_which_nothing_can_be_compared(tmp_path, example, message)
     with pytest.raises(ExportError, match=message):
         export_onnx(fold(One(lambda net, x: net.layer(x)), images()), tmp_path / "net.onnx", example)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fixed_batch_is_said_of_programs_too(tmp_path):
+    folded = fold(One(lambda net, x: torch.stack([net.layer(part[None])[0] for part in x])), images())
+    with pytest.warns(QuantizationWarning, match="batches of 5 only"):
+        export_program(folded, tmp_path / "net.pt2", images())
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    folded = fold(One(lambda net, x: net.layer(x)), images())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "net.session.json").mkdir()
+    writers = {
+        "onnx": lambda path: export_onnx(folded, path, images()),
+        "encodings.json": lambda path: export_encodings(folded, path),
+        "pt2": lambda path: export_program(folded, path, images()),
+    }
+    for ending, write in writers.items():
+        for path, message in (
+            (tmp_path / "file" / f"net.{ending}", "cannot be written"),
+            (tmp_path, "is a folder"),
+            (None, "path of a file is needed"),
+        ):
+            with pytest.raises(ExportError, match=message):
+                write(path)
+        write(tmp_path / f"{'n' * 220}.{ending}")
+    with pytest.raises(ExportError, match=r"net\.session\.json is a folder"):
+        export_onnx(folded, tmp_path / "net.onnx", images())
+
+
+def test_outputs_that_a_program_cannot_hold(tmp_path):
+    pair = namedtuple("pair", "one two")
+    folded = fold(One(lambda net, x: pair(net.layer(x), x)), images())
+    export_onnx(folded, tmp_path / "net.onnx", images())
+    with pytest.raises(ExportError, match="cannot be exported"):
+        export_program(folded, tmp_path / "net.pt2", images())
+    assert not (tmp_path / "net.pt2").exists()

@@ -32,6 +32,7 @@ from lightning_qbn import (
 from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.export import gates
 from lightning_qbn.export import onnx as onnx_module
+from lightning_qbn.export.parity import measure_parity, outputs_of
 from lightning_qbn.export.remedies import REMEDIES
 from lightning_qbn.export.runtime import SessionOptions, run_session, session
 from lightning_qbn.fake_quantize import quantizers
@@ -174,7 +175,12 @@ def test_zero_point_of_an_asymmetric_input(tmp_path):
 
 def test_file_holds_metadata_and_nothing_private(tmp_path, network, batches):
     folded = fold(network, batches[0])
-    export_onnx(folded, tmp_path / "net.onnx", batches[0], metadata={"task": "digits", "json": json.dumps([1])})
+    export_onnx(
+        folded,
+        tmp_path / "net.onnx",
+        batches[0],
+        metadata={"task": "digits", "json": json.dumps([1]), "plain": {"a": 1}},
+    )
     entries = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
     assert entries["producer"].startswith("lightning_qbn ")
     assert (entries["task"], entries["json"]) == ("digits", "[1]")
@@ -549,6 +555,25 @@ def test_a_batch_size_that_cannot_stay_free_is_said(tmp_path):
             tmp_path / "net.onnx",
             images(),
         )
+
+
+def test_outputs_that_are_the_same_tensor_are_measured_in_its_steps(tmp_path):
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            y = self.one(x)
+            return {"a": y, "b": [y], "c": self.two(y) * 50}
+
+    folded = fold(Same(), images())
+    deployed = onnx_module.deploy(folded, unsigned=True).float()
+    outputs = outputs_of(deployed, (images(),))
+    step = float(folded.one.output_quantizer.scale.detach())
+    found = measure_parity(deployed, outputs, [outputs[0], outputs[1] + 3 * step, outputs[2]])
+    assert found.max_lsb == pytest.approx(3, abs=0.01)
+    assert export_onnx(folded, tmp_path / "net.onnx", images()).parity["all"].max_lsb <= 1.01
 
 
 def test_a_folder_is_no_file(tmp_path):
