@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -189,7 +190,8 @@ class QuantizedExport(Callback):
         chosen = None if reestimation is None else reestimation.chosen
         self.source = chosen or Chosen("last", max(trainer.current_epoch - 1, 0), trainer.global_step)
         # All ranks wait for the file, and hear of it where it cannot be written.
-        on_all_ranks(lambda: self._export(pl_module, example) if trainer.is_global_zero else None, ExportError)
+        metrics = _metrics(trainer, reestimation)
+        on_all_ranks(lambda: self._export(pl_module, example, metrics) if trainer.is_global_zero else None, ExportError)
 
     _example: tuple[Any, ...] | None = None
 
@@ -211,7 +213,7 @@ class QuantizedExport(Callback):
             example = next(training) if batch is None else batch
             self._example = arguments_of(module, self.network, lambda: forward_fn(module, example))
 
-    def _export(self, module: LightningModule, example: Tensor | tuple[Any, ...]) -> None:
+    def _export(self, module: LightningModule, example: Tensor | tuple[Any, ...], metrics: dict[str, float]) -> None:
         folded = fold_batch_norms(plain(copy.deepcopy(module)).cpu())
         self.folding = folded.report  # type: ignore[assignment]
         self.folded = folded  # type: ignore[assignment]
@@ -219,5 +221,13 @@ class QuantizedExport(Callback):
         target = folded.get_submodule(self.network) if self.network else folded
         config = getattr(module, "quantization_config", None)
         entries: dict[str, Any] = {"quantization_config": config.to_dict()} if config else {}
-        entries["source"] = asdict(self.source) if self.source else None
+        entries |= {"source": asdict(self.source) if self.source else None, "metrics": metrics}
         self.files, self.report = export_files(target, self.path, self.formats, example, entries, self.form)
+
+
+def _metrics(trainer: Trainer, reestimation: BatchNormReestimation | None) -> dict[str, float]:
+    """What was last logged, with the batch-norm statistics of training, and the metric of re-estimation."""
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if reestimation is not None and reestimation.before is not None and reestimation.after is not None:
+        found |= {"before_reestimation": reestimation.before, "after_reestimation": reestimation.after}
+    return {name: value for name, value in found.items() if math.isfinite(value)}  # JSON has no NaN

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_qbn import (
     BatchNormReestimation,
@@ -85,7 +86,9 @@ def test_file_computes_what_was_trained(cls, make_trainer, tmp_path):
 
 def test_file_holds_the_trained_integers_and_the_config(make_trainer, tmp_path):
     module, export = Direct(), QuantizedExport(str(tmp_path / "model.onnx"))
-    make_trainer(qat(), export).fit(module, train_loader(), val_loader())
+    reestimation = BatchNormReestimation(2, metric=MulticlassAccuracy(3))
+    trainer = make_trainer(qat(), reestimation, export)
+    trainer.fit(module, train_loader(), val_loader())
     model = onnx.load(export.files["onnx"])
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
     expected = integer_weights(export.folded)
@@ -96,6 +99,10 @@ def test_file_holds_the_trained_integers_and_the_config(make_trainer, tmp_path):
         assert torch.equal(values.abs(), trained[name].abs())
     entries = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(entries["quantization_config"]) == CONFIG.to_dict()
+    metrics = json.loads(entries["metrics"])
+    assert metrics["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    assert metrics["after_reestimation"] == pytest.approx(reestimation.after)
+    assert metrics["before_reestimation"] == pytest.approx(reestimation.before)
     encodings = json.loads(export.files["encodings"].read_text())
     assert encodings["version"]
 
