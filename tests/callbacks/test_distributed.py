@@ -59,7 +59,7 @@ def test_one_set_of_statistics_and_one_decision(mode, spoil, tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "inserted"),
-    [("ddp", False), ("ddp_spawn", True), pytest.param("ddp_spawn", False, marks=pytest.mark.slow)],
+    [("ddp", False), *(pytest.param("ddp_spawn", inserted, marks=pytest.mark.slow) for inserted in (True, False))],
 )
 def test_a_whole_run_with_uneven_data(strategy, inserted, tmp_path):
     (first, second), said = run("distributed_export.py", tmp_path, strategy, inserted, "cpu", False)
