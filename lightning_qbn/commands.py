@@ -26,7 +26,7 @@ from lightning_qbn.experiment import load_file
 from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.loaded import ExportedFile
 from lightning_qbn.export.targets import Form
-from lightning_qbn.files import check_writable, write_text
+from lightning_qbn.files import check_file, check_writable, write_text
 from lightning_qbn.folding import fold_batch_norms
 from lightning_qbn.passes import default_forward, quiet
 
@@ -56,7 +56,7 @@ def export(cfg: DictConfig) -> float:
     form = Form(cfg.export.target, cfg.export.weight_storage, cfg.export.encodings_version)
     if path.suffix != ".onnx":
         raise ConfigurationError(f"export.path must be that of an .onnx file, found {str(path)!r}.")
-    check_writable(path.parent)
+    check_file(path)
     cfg = _with_run(cfg)
     saved = load_file(cfg.ckpt_path)
     if CHECKPOINT_KEY not in saved:

@@ -54,7 +54,8 @@ def kept_on_failure(path: str | Path) -> Iterator[None]:
         if before is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_bytes(before)
+            with atomic(path) as temporary:
+                temporary.write_bytes(before)
         raise
 
 

@@ -39,6 +39,10 @@ class _History:
     average: Tensor
     frozen: Tensor
 
+    def oscillating(self, threshold: float) -> Tensor:
+        """Weights that change back more often than that, and are not frozen."""
+        return (self.frequency > threshold) & ~self.frozen
+
 
 class OscillationTracker:
     """How often the integer of each weight changes back and forth (section 4.1).
@@ -55,7 +59,6 @@ class OscillationTracker:
             raise ConfigurationError(f"momentum must be above 0 and at most 1, found {momentum!r}.")
         self.momentum = float(momentum)
         self._layers: dict[str, _History] = {}
-        self._holds = False
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -78,14 +81,11 @@ class OscillationTracker:
 
     def shares(self, threshold: float = OSCILLATING) -> dict[str, float]:
         """Share of the weights of each layer that oscillate: more often than ``threshold`` per step, and not frozen."""
-        return {
-            name: float(((history.frequency > threshold) & ~history.frozen).double().mean())
-            for name, history in self._layers.items()
-        }
+        return {name: float(h.oscillating(threshold).double().mean()) for name, h in self._layers.items()}
 
     def share(self, threshold: float = OSCILLATING, frozen: bool = False) -> float:
         """Share of all weights that oscillate, or that are frozen."""
-        found = [h.frozen if frozen else (h.frequency > threshold) & ~h.frozen for h in self._layers.values()]
+        found = [h.frozen if frozen else h.oscillating(threshold) for h in self._layers.values()]
         return sum(int(x.sum()) for x in found) / max(sum(x.numel() for x in found), 1)
 
     @torch.no_grad()
@@ -95,15 +95,14 @@ class OscillationTracker:
         Their integer is from now on the nearest one to its moving average, where it was most of the time.
         """
         for history in self._layers.values():
-            new = (history.frequency > threshold) & ~history.frozen
+            new = history.oscillating(threshold)
             history.integers = torch.where(new, history.average.round().to(torch.int8), history.integers)
             history.frozen |= new
-        self._holds = True
 
     @torch.no_grad()
     def hold(self, network: nn.Module) -> None:
         """Put frozen weights back on their integers, whatever momentum and weight decay made of them."""
-        for name, layer in _calibrated(network).items() if self._holds else ():
+        for name, layer in _calibrated(network).items():
             history, plain = self._layers.get(name), cast(WeightLayer, layer)
             if history is None or history.bits != layer.weight_quantizer.bits:
                 continue
@@ -114,15 +113,11 @@ class OscillationTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors, for a checkpoint."""
-        return {
-            "momentum": self.momentum,
-            "holds": self._holds,
-            "layers": {name: asdict(h) for name, h in self._layers.items()},
-        }
+        return {"momentum": self.momentum, "layers": {name: asdict(h) for name, h in self._layers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave."""
-        self.momentum, self._holds = state["momentum"], state["holds"]
+        self.momentum = state["momentum"]
         self._layers = {name: _History(**history) for name, history in state["layers"].items()}
 
 

@@ -15,6 +15,9 @@ import torch
 from forks import run_module
 from onnx import numpy_helper
 
+from lightning_qbn import ConfigurationError
+from lightning_qbn.experiment import load_file
+from lightning_qbn.export.loaded import ExportedFile
 from lightning_qbn.export.runtime import SessionOptions
 
 RUN = ["model=resnet", "debug=steps", "qat.control=false", "callbacks.progress=null", "hydra.run.dir=first"]
@@ -107,7 +110,7 @@ def test_a_file_is_measured(done):
         ("float", "float.pt is not of quantization-aware training"),
         ("pickle", "holds more than tensors and plain data"),
         ("nothing", "There is no file nothing.onnx"),
-        ("kind", "is neither an .onnx file nor a .pt2 program"),
+        ("kind", "is neither an .onnx file nor a .pt2 or .pte program"),
         ("missing", "path"),
     ],
 )
@@ -130,3 +133,12 @@ def test_help_of_each_command():
         shown = cli(Path.cwd(), *([word] if word else []), "--help")
         assert shown.returncode == 0
         assert f"\n{key}:" in shown.stdout
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "pt2"])
+def test_files_that_were_cut_short(tmp_path, ending):
+    path = tmp_path / f"net.{ending}"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ConfigurationError, match=rf"net\.{ending}"):
+        load_file(path) if ending == "ckpt" else ExportedFile(path)

@@ -36,7 +36,7 @@ from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.export.targets import Form
 from lightning_qbn.fake_quantize import quantizers
-from lightning_qbn.files import check_writable
+from lightning_qbn.files import check_file
 from lightning_qbn.folding import FoldingReport, fold_batch_norms
 from lightning_qbn.passes import ForwardFn, input_of, quiet
 from lightning_qbn.ranks import on_all_ranks
@@ -128,9 +128,7 @@ class QuantizedExport(Callback):
         self.refused = None
         self._example = None
         if trainer.is_global_zero:
-            check_writable(self.path.parent)
-            if self.path.is_dir():
-                raise ExportError(f"QuantizedExport(path={str(self.path)!r}) is a folder; give a file in it.")
+            check_file(self.path)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the module complete: is there a network to export, and which?"""

@@ -98,14 +98,14 @@ class WeightFreezing(OscillationTracking):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
         super().on_train_start(trainer, pl_module)
-        _steps(trainer, self)
+        self._total = _steps(trainer, self)
 
     def stepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze, and put what is frozen back on its integers."""
-        progress = _progress(trainer, self.begin, _steps(trainer, self))
+        progress = _progress(trainer, self.begin, self._total)
         if progress is not None:
             self.tracker.freeze(self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2)
-        self.tracker.hold(pl_module)
+            self.tracker.hold(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the share of frozen weights as well."""
@@ -134,7 +134,7 @@ class OscillationDampening(Callback):
 
     def __init__(self, strength: float = 0.1, begin: float = 0.25, aggregation: str = "kernel_mean") -> None:
         _check_share("begin", begin)
-        if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
             raise ConfigurationError(f"strength must be a number of at least 0, found {strength!r}.")
         if aggregation not in _AGGREGATIONS:
             raise ConfigurationError(f"aggregation must be one of {_AGGREGATIONS}, found {aggregation!r}.")
@@ -147,11 +147,11 @@ class OscillationDampening(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
-        _steps(trainer, self)
+        self._total = _steps(trainer, self)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called with the gradients complete."""
-        progress = _progress(trainer, self.begin, _steps(trainer, self))
+        progress = _progress(trainer, self.begin, self._total)
         if progress is not None:
             strength = self.strength * (1 - math.cos(math.pi * progress)) / 2
             weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]

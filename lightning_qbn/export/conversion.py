@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
-from lightning_qbn.export.inputs import check_outputs, dynamic_batch, first_that_works, one_sample, tensors_in
-from lightning_qbn.export.inputs import warn_of_fixed_batch as say_fixed
+from lightning_qbn.export.inputs import check_outputs, export_freely, one_sample, tensors_in, warn_of_fixed_batch
 from lightning_qbn.export.naming import name_batch, name_values
 from lightning_qbn.export.operators import translations
 from lightning_qbn.export.parity import outputs_of
@@ -32,8 +31,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of operators, which the exporter wri
 _OPSET = 21  # the first with 16-bit and 4-bit integers in QuantizeLinear
 
 
-def warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> None:
-    """Where forward makes a number of the batch size, the exporter takes it for a constant, and does not say so."""
+def check_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> None:
+    """Warn of a file for one batch size: of a size that forward makes a number of, the exporter does not say so."""
     sizes = [value.type.tensor_type.shape.dim for value in proto.graph.input]
     has_batch = [bool(size) and size[0].dim_param == "batch" for size in sizes]
     tensors = tensors_in(inputs)
@@ -41,7 +40,7 @@ def warn_of_fixed_batch(deployed: nn.Module, proto: onnx.ModelProto, inputs: tup
         return
     if any(has_batch) and _takes_one_sample(deployed, proto, one_sample(inputs, has_batch)):
         return
-    say_fixed(deployed, inputs)
+    warn_of_fixed_batch(deployed, inputs)
 
 
 def _takes_one_sample(deployed: nn.Module, proto: onnx.ModelProto, sample: tuple[Any, ...]) -> bool:
@@ -69,31 +68,7 @@ def convert(
     from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants
 
-    try:
-        with quiet_exporter(), torch.no_grad():
-            check_outputs(deployed, deployed.eval()(*inputs))
-            program = first_that_works(
-                dynamic_batch(deployed, inputs),
-                lambda shapes: torch.onnx.export(
-                    deployed,
-                    (*inputs, {}),  # a dict at the end would be taken for keyword arguments
-                    dynamo=True,
-                    opset_version=_OPSET,
-                    verbose=False,
-                    optimize=False,
-                    dynamic_shapes=shapes,
-                    custom_translation_table=translations(),
-                ),
-            )
-    except QuantizationError:
-        raise
-    except Exception as cause:
-        raise ExportError(
-            f"{type(deployed).__name__} cannot be exported: {_innermost(cause)}. The example had the shapes "
-            f"{[tuple(x.shape) for x in tensors_in(inputs)]}."
-        ) from cause
-    assert program is not None
-    model = program.model
+    model = _exported(deployed.eval(), inputs)
     with quiet_exporter():
         fold_constants(model)
         RemoveUnusedNodesPass()(model)
@@ -106,14 +81,38 @@ def convert(
             multiply_bias_scales(model)
         _slim(model)
         RemoveUnusedNodesPass()(model)
-        proto = onnx_ir.to_proto(model)
-    # Shapes of activations are for people; those of initializers and integers stand elsewhere already.
-    named = {value.name for value in model.graph.initializers.values()}
-    named |= {value.name for node in model.graph if node.op_type == "QuantizeLinear" for value in node.outputs}
-    kept = [info for info in proto.graph.value_info if info.name not in named]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(kept)
+        proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    _drop_known_shapes(proto)
     return proto
+
+
+def _exported(deployed: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """As the exporter gives it, an ``onnx_ir.Model``."""
+
+    def export(shapes: tuple[Any, ...]) -> Any:
+        return torch.onnx.export(
+            deployed,
+            (*inputs, {}),  # a dict at the end would be taken for keyword arguments
+            dynamo=True,
+            opset_version=_OPSET,
+            verbose=False,
+            optimize=False,
+            dynamic_shapes=shapes,
+            custom_translation_table=translations(),
+        )
+
+    try:
+        with quiet_exporter(), torch.no_grad():
+            check_outputs(deployed, deployed(*inputs))
+            program, _ = export_freely(deployed, inputs, export)
+    except QuantizationError:
+        raise
+    except Exception as cause:
+        raise ExportError(
+            f"{type(deployed).__name__} cannot be exported: {_innermost(cause)}. The example had the shapes "
+            f"{[tuple(x.shape) for x in tensors_in(inputs)]}."
+        ) from cause
+    return program.model
 
 
 @contextmanager
@@ -146,6 +145,15 @@ def _slim(model: Any) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def _drop_known_shapes(proto: onnx.ModelProto) -> None:
+    """Shapes of activations are for people; those of initializers and integers stand elsewhere already."""
+    known = {tensor.name for tensor in proto.graph.initializer}
+    known |= {name for node in proto.graph.node if node.op_type == "QuantizeLinear" for name in node.output}
+    kept = [info for info in proto.graph.value_info if info.name not in known]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
 
 
 def _has_no_axis(node: Any, attribute: str) -> bool:

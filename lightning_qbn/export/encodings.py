@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx, nn
 
@@ -16,6 +16,9 @@ from lightning_qbn.export.naming import tensor_names
 from lightning_qbn.files import check_file, write_text
 from lightning_qbn.insertion import quantized_networks
 from lightning_qbn.tracing import join
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0") -> dict[str, Any]:
@@ -45,30 +48,32 @@ def export_encodings(folded: nn.Module, path: str | Path, version: str = "2.0.0"
     return document
 
 
-def encodings_of_graph(deployed: nn.Module, names: dict[str, list[str]], version: str) -> tuple[str, list[str]]:
-    """The content of an encodings file for a float graph, and the names of the parameters in it.
+def encodings_of_graph(deployed: nn.Module, graph: onnx.ModelProto, names: dict[str, list[str]], version: str) -> str:
+    """The content of an encodings file for a float graph.
 
     Args:
         deployed: result of `deploy`.
-        names: a rounded tensor to the names of the tensors of the graph that have its encoding.
+        graph: result of `float_form`; what no output depends on is not in it.
+        names: a rounded tensor to the names of those in the graph that have its encoding.
         version: of the format.
 
     Raises:
-        ExportError: a weight has scales that no encoding describes.
+        ExportError: a weight has scales that no encoding describes, or is not in the graph.
     """
+    held = {name for node in graph.graph.node for name in (*node.input, *node.output)}
     for name, layer in deployed.named_modules():
         if isinstance(layer, DeployedWeight) and layer.weight_factor is not None:
             raise ExportError(
                 f"{name}: the channels of a transposed convolution of groups lie along no single axis of it, and "
                 f"no encoding holds such scales. Leave it in float: QuantizationConfig(skip=[{name!r}])."
             )
-    entries = [
-        replace(entry, name=name)
-        for entry in _entries(deployed)
-        for name in ([entry.name] if entry.is_parameter else names.get(entry.name, []))
-    ]
-    content = json.dumps(FORMATS[version](entries), indent=1)
-    return content, [entry.name for entry in entries if entry.is_parameter]
+    entries = []
+    for entry in _entries(deployed):
+        if entry.is_parameter and entry.name not in held:
+            raise ExportError(f"The float graph has no {entry.name}, which has an encoding. Please report the network.")
+        called = [entry.name] if entry.is_parameter else names.get(entry.name, [])
+        entries += [replace(entry, name=name) for name in called if name in held]
+    return json.dumps(FORMATS[version](entries), indent=1)
 
 
 def encodings_path(path: str | Path) -> Path:

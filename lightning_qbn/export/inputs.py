@@ -25,18 +25,20 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [x for part in value for x in tensors_in(part)] if isinstance(value, tuple | list) else []
 
 
-def check_example(inputs: Any) -> None:
-    """Raise ExportError for a batch on which nothing can be compared."""
+def arguments(example_input: Any) -> tuple[Any, ...]:
+    """An example as the arguments of a deployed network: detached, on the CPU and in float32, as it computes.
+
+    Raises:
+        ExportError: nothing can be compared on this batch.
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = _map(inputs, lambda x: x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu())
     for x in tensors_in(inputs):
         if not x.numel():
             raise ExportError(f"The example has a tensor without values, of shape {tuple(x.shape)}. Give a real batch.")
         if not bool(x.isfinite().all()):
             raise ExportError("The example has NaN or infinity in it, so nothing could be compared. Give a real batch.")
-
-
-def as_deployed(value: Any) -> Any:
-    """The same arguments, detached, on the CPU and in float32, as the deployed network computes."""
-    return _map(value, lambda x: x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu())
+    return cast(tuple[Any, ...], inputs)
 
 
 def two_samples(inputs: tuple[Any, ...]) -> Any:
@@ -46,17 +48,38 @@ def two_samples(inputs: tuple[Any, ...]) -> Any:
     return _map(inputs, lambda x: torch.cat([x, x]) if x.dim() else x)
 
 
-def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...], bounded: bool = False) -> list[tuple[Any, ...]]:
-    """What to try as ``dynamic_shapes``, from all first dimensions free to none.
+def export_freely(
+    network: nn.Module,
+    inputs: tuple[Any, ...],
+    export: Callable[[tuple[Any, ...]], Exported],
+    bounded: bool = False,
+) -> tuple[Exported, bool]:
+    """Export with as many first dimensions free as succeed.
 
-    Which arguments have a batch dimension is not known before an export succeeds: a tensor of factors for the
-    channels has none, and a forward that loops over the images has a fixed one.
+    Which arguments have a batch dimension is not known before: a tensor of factors for the channels has none, and a
+    forward that loops over the images has a fixed one.
 
     Args:
         network: takes the arguments.
         inputs: the arguments.
+        export: makes something of ``dynamic_shapes``, or raises.
         bounded: batches are at most of the size of these, for runtimes that plan their memory ahead.
+
+    Returns:
+        What was made, and whether some dimension is free. Where nothing succeeds, the first attempt's error is raised.
     """
+    tries = _dynamic_shapes(network, inputs, bounded)
+    try:
+        return export(tries[0]), _is_free(tries[0])
+    except Exception:
+        for shapes in tries[1:]:
+            with suppress(Exception):
+                return export(shapes), _is_free(shapes)
+        raise
+
+
+def _dynamic_shapes(network: nn.Module, inputs: tuple[Any, ...], bounded: bool) -> list[tuple[Any, ...]]:
+    """From all first dimensions free to none."""
     samples = _samples(inputs)
     dimension = torch.export.Dim.DYNAMIC(max=samples) if bounded else torch.export.Dim.DYNAMIC
     rules: list[Callable[[Tensor], bool]] = [
@@ -75,21 +98,10 @@ def dynamic_batch(network: nn.Module, inputs: tuple[Any, ...], bounded: bool = F
 def _shapes(
     network: nn.Module, inputs: tuple[Any, ...], dimension: Any, free: Callable[[Tensor], bool]
 ) -> tuple[Any, ...]:
-    shapes = _map(inputs, lambda x: {0: dimension} if free(x) else None, other=None)
+    shapes = _map(inputs, lambda x: {0: dimension} if free(x) else None, keep=False)
     kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
     star = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs)
     return cast(tuple[Any, ...], shapes) if star >= len(inputs) else (*shapes[:star], shapes[star:])
-
-
-def first_that_works(tries: list[tuple[Any, ...]], export: Callable[[tuple[Any, ...]], Exported]) -> Exported:
-    """Export with the first ``dynamic_shapes`` that succeed; raises what the first of them said."""
-    try:
-        return export(tries[0])
-    except Exception:
-        for shapes in tries[1:]:
-            with suppress(Exception):
-                return export(shapes)
-        raise
 
 
 def one_sample(inputs: tuple[Any, ...], has_batch: Sequence[bool]) -> tuple[Any, ...]:
@@ -115,22 +127,21 @@ def warn_of_fixed_batch(network: nn.Module, inputs: tuple[Any, ...]) -> None:
     )
 
 
-def is_fixed(shapes: Any) -> bool:
-    """Whether ``dynamic_shapes`` leave no dimension free."""
+def _is_free(shapes: Any) -> bool:
     if isinstance(shapes, dict):
         shapes = list(shapes.values())
-    return all(is_fixed(part) for part in shapes) if isinstance(shapes, tuple | list) else shapes is None
+    return any(_is_free(part) for part in shapes) if isinstance(shapes, tuple | list) else shapes is not None
 
 
-def _map(value: Any, change: Callable[[Tensor], Any], **other: None) -> Any:
-    """Change the tensors in arguments; anything else stays, or becomes ``other``."""
+def _map(value: Any, change: Callable[[Tensor], Any], keep: bool = True) -> Any:
+    """Change the tensors in arguments; anything else stays, or becomes None."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map(part, change, **other) for key, part in value.items()}
+        return {key: _map(part, change, keep) for key, part in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_map(part, change, **other) for part in value)
-    return other.get("other", value)
+        return type(value)(_map(part, change, keep) for part in value)
+    return value if keep else None
 
 
 def check_outputs(network: nn.Module, outputs: Any) -> None:

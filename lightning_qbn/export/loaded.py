@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qbn.errors import ConfigurationError
+from lightning_qbn.export.formats import check_formats
 from lightning_qbn.export.runtime import run_session, session
 
 
 class ExportedFile(nn.Module):
-    """A network that is an ONNX file, run by onnxruntime with the options beside it, or a ``.pt2`` program.
+    """A network that is an ONNX file, run by onnxruntime with the options beside it, or a ``.pt2`` or ``.pte`` program.
 
     Raises:
-        ConfigurationError: there is no such file, or it is of another kind.
+        ConfigurationError: there is no such file, it is of another kind, or cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -25,17 +27,9 @@ class ExportedFile(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise ConfigurationError(f"There is no file {path}.")
-        if path.suffix == ".onnx":
-            self.loaded: Any = session(path)
-        elif path.suffix == ".pt2":
-            import lightning_qbn.export.operators  # noqa: F401  defines the operators of the program
-
-            try:
-                self.loaded = torch.export.load(path).module()
-            except Exception as cause:
-                raise ConfigurationError(f"{path} is no program that torch.export reads: {cause!r}.") from cause
-        else:
-            raise ConfigurationError(f"{path} is neither an .onnx file nor a .pt2 program.")
+        if path.suffix not in _READERS:
+            raise ConfigurationError(f"{path} is neither an .onnx file nor a .pt2 or .pte program.")
+        self.run = _READERS[path.suffix](path)
         self.seconds: list[float] = []
 
     def forward(self, *args: Any) -> Any:
@@ -43,10 +37,32 @@ class ExportedFile(nn.Module):
         # The file is of float32, whatever the precision of training.
         tensors = tuple(x.float() if x.is_floating_point() else x for x in args if isinstance(x, Tensor))
         start = time.perf_counter()
-        if isinstance(self.loaded, nn.Module):
-            outputs = self.loaded(*tensors)
-        else:
-            outputs = run_session(self.loaded, tensors)
-            outputs = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        outputs = self.run(*tensors)
         self.seconds.append(time.perf_counter() - start)
+        if isinstance(outputs, list):
+            outputs = outputs[0] if len(outputs) == 1 else tuple(outputs)
         return outputs
+
+
+def _onnx(path: Path) -> Callable[..., Any]:
+    loaded = session(path)
+    return lambda *tensors: run_session(loaded, tensors)
+
+
+def _program(path: Path) -> Callable[..., Any]:
+    import lightning_qbn.export.operators  # noqa: F401  defines the operators of the program
+
+    try:
+        return torch.export.load(path).module()
+    except Exception as cause:
+        raise ConfigurationError(f"{path} is no program that torch.export reads: {cause!r}.") from cause
+
+
+def _executorch(path: Path) -> Callable[..., Any]:
+    from lightning_qbn.export.executorch import load_executorch
+
+    check_formats(["executorch"])
+    return load_executorch(path)
+
+
+_READERS = {".onnx": _onnx, ".pt2": _program, ".pte": _executorch}

@@ -46,11 +46,11 @@ def name_batch(model: onnx_ir.Model) -> None:
     """Name the size of a batch ``batch``, which the exporter gives a number, such as ``s77``."""
     import onnx_ir
 
-    first = model.graph.inputs[0].shape if model.graph.inputs else None
-    size = first[0] if first is not None and first.rank() else None
-    if not isinstance(size, onnx_ir.SymbolicDim) or size.value is None:
+    firsts = [value.shape[0] for value in model.graph.inputs if value.shape is not None and value.shape.rank()]
+    size = next((dim.value for dim in firsts if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None), None)
+    if size is None:
         return
-    symbol = re.compile(rf"\b{re.escape(size.value)}\b")
+    symbol = re.compile(rf"\b{re.escape(size)}\b")
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         for index, dim in enumerate(value.shape or ()):

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_qbn import __version__
-from lightning_qbn.errors import ExportError
-from lightning_qbn.export.conversion import convert, warn_of_fixed_batch
+from lightning_qbn.export.conversion import check_batch, convert
 from lightning_qbn.export.deploy import DeployedWeight, deploy
 from lightning_qbn.export.encodings import encodings_of_graph, encodings_path
 from lightning_qbn.export.floating import check_float_form, float_form
 from lightning_qbn.export.gates import Shipment, Verdict, check_graph, choose_kernels
-from lightning_qbn.export.inputs import (
-    as_deployed,
-    check_example,
-)
+from lightning_qbn.export.inputs import arguments
 from lightning_qbn.export.parity import Parity, measure_parity, outputs_of
 from lightning_qbn.export.runtime import SessionOptions, options_path
 from lightning_qbn.export.stepwise import rounded_tensors
@@ -103,68 +99,88 @@ def export_onnx(
         ExportError: the network is not folded or cannot be exported, or onnxruntime computes something else; then no
             file was written, and the first layer that differs is named.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = as_deployed(inputs)
-    check_example(inputs)
-    form = Form(target, weight_storage, encodings_version)
     check_file(path)
+    form, inputs = Form(target, weight_storage, encodings_version), arguments(example_input)
     beside = (encodings_path if form.runtime.encodings else options_path)(path)
     check_file(beside)
-    runtime = form.runtime
-    deployed = deploy(folded, runtime.unsigned, runtime.int32_bias).cpu().float()
-    runtime.check(deployed)
-    proto = convert(deployed, inputs, runtime, weight_storage == "int4")
-    warn_of_fixed_batch(deployed, proto, inputs)
-    entries = describe({"producer": f"lightning_qbn {__version__}"} | (metadata or {}))
-    for key, value in entries.items():
+    deployed = deploy(folded, form.runtime.unsigned, form.runtime.int32_bias).cpu().float()
+    form.runtime.check(deployed)
+    proto = convert(deployed, inputs, form.runtime, weight_storage == "int4")
+    check_batch(deployed, proto, inputs)
+    for key, value in describe({"producer": f"lightning_qbn {__version__}"} | (metadata or {})).items():
         proto.metadata_props.add(key=key, value=value)
     with kept_on_failure(beside), atomic(path) as temporary:
         import onnx
 
         onnx.checker.check_model(proto, full_check=True)
         graph = check_graph(deployed, proto, inputs)
-        # Another runtime has other kernels: onnxruntime runs the file as it is written.
-        shipped = Shipment(proto, SessionOptions("disabled"), graph)
-        if target == "onnxruntime":
-            shipped = choose_kernels(deployed, proto, inputs)
-        if runtime.encodings:
-            shipped = _float_shipment(deployed, proto, inputs, form, path)
-        else:
-            shipped.options.write_beside(path)
+        shipped = _ship(deployed, proto, inputs, form, graph, path)
         onnx.save(shipped.proto, str(temporary))
         size = temporary.stat().st_size
-    if runtime.encodings:  # those of an earlier file of this name are not for a float graph
+    if form.runtime.encodings:  # those of an earlier file of this name are not for a float graph
         options_path(path).unlink(missing_ok=True)
-    layers = {name: layer for name, layer in deployed.named_modules() if isinstance(layer, DeployedWeight)}
-    biases = tuple(name for name, layer in layers.items() if layer.bias_integers is not None)
-    constant = {name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels}
-    verdicts = {"disabled": graph, "float" if runtime.encodings else "all": shipped.verdict}
-    parity = {level: verdict.parity for level, verdict in verdicts.items()}
-    worst = {level: max(step.differing for step in v.steps) for level, v in verdicts.items() if v.steps}
-    rounding = None
-    if biases:
-        plain = deploy(folded, runtime.unsigned, int32_bias=False).cpu().float()
-        rounding = measure_parity(deployed, outputs_of(plain, inputs), outputs_of(deployed, inputs))
-    how = (shipped.options, shipped.remedy, shipped.milliseconds, worst)
-    return ExportReport(str(path), size, parity, biases, constant, rounding, *how)
+    parity = {"disabled": graph, "float" if form.runtime.encodings else "all": shipped.verdict}
+    rounding = _bias_parity(folded, deployed, inputs, form)
+    return _report(path, size, deployed, parity, rounding, shipped)
 
 
-def _float_shipment(
+def _ship(
+    deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], form: Form, graph: Verdict, path: str | Path
+) -> Shipment:
+    """What is written, once what stands beside it is: session options, or the encodings of a float graph."""
+    if form.runtime.encodings:
+        return _float_graph(deployed, proto, inputs, form, path)
+    # Another runtime has other kernels: onnxruntime runs the file as it is written.
+    shipped = Shipment(proto, SessionOptions("disabled"), graph)
+    if form.target == "onnxruntime":
+        shipped = choose_kernels(deployed, proto, inputs)
+    shipped.options.write_beside(path)
+    return shipped
+
+
+def _float_graph(
     deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...], form: Form, path: str | Path
 ) -> Shipment:
-    """The float graph, once its encodings are written."""
     rounded = rounded_tensors(deployed, inputs)
     floats, renamed = float_form(proto, {name for names in rounded.values() for name in names})
     parity = check_float_form(deployed, floats, inputs)
-    held = {name for node in floats.graph.node for name in (*node.input, *node.output)}
-    names = {name: [new for old in calls if (new := renamed.get(old, old)) in held] for name, calls in rounded.items()}
-    content, parameters = encodings_of_graph(deployed, names, form.version)
-    if absent := [name for name in parameters if name not in held]:
-        raise ExportError(
-            f"The float graph has no tensor {absent[0]}, which has an encoding. Please report the network."
-        )
-    write_text(encodings_path(path), content)
+    names = {name: [renamed.get(called, called) for called in calls] for name, calls in rounded.items()}
+    write_text(encodings_path(path), encodings_of_graph(deployed, floats, names, form.version))
     return Shipment(floats, SessionOptions(), Verdict(parity))
+
+
+def _bias_parity(folded: nn.Module, deployed: nn.Module, inputs: tuple[Any, ...], form: Form) -> Parity | None:
+    if not any(layer.bias_integers is not None for layer in _weights(deployed).values()):
+        return None
+    plain = deploy(folded, form.runtime.unsigned, int32_bias=False).cpu().float()
+    return measure_parity(deployed, outputs_of(plain, inputs), outputs_of(deployed, inputs))
+
+
+def _report(
+    path: str | Path,
+    size: int,
+    deployed: nn.Module,
+    verdicts: dict[str, Verdict],
+    bias_parity: Parity | None,
+    shipped: Shipment,
+) -> ExportReport:
+    layers = _weights(deployed)
+    return ExportReport(
+        path=str(path),
+        bytes=size,
+        parity={level: verdict.parity for level, verdict in verdicts.items()},
+        int32_bias=tuple(name for name, layer in layers.items() if layer.bias_integers is not None),
+        constant_channels={name: layer.constant_channels for name, layer in layers.items() if layer.constant_channels},
+        bias_parity=bias_parity,
+        session=shipped.options,
+        remedy=shipped.remedy,
+        milliseconds=shipped.milliseconds,
+        layers={level: max(step.differing for step in v.steps) for level, v in verdicts.items() if v.steps},
+    )
+
+
+def _weights(deployed: nn.Module) -> dict[str, DeployedWeight]:
+    return {name: layer for name, layer in deployed.named_modules() if isinstance(layer, DeployedWeight)}
 
 
 def describe(metadata: dict[str, Any]) -> dict[str, str]:

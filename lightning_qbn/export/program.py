@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.errors import ExportError, QuantizationError
 from lightning_qbn.export.deploy import deploy
-from lightning_qbn.export.inputs import (
-    as_deployed,
-    dynamic_batch,
-    first_that_works,
-    is_fixed,
-    two_samples,
-    warn_of_fixed_batch,
-)
+from lightning_qbn.export.inputs import arguments, export_freely, two_samples, warn_of_fixed_batch
 from lightning_qbn.files import atomic, check_file
 
 
@@ -38,23 +31,21 @@ def export_program(
         ExportError: the network is not folded or cannot be exported.
     """
     check_file(path)
-    inputs = two_samples(as_deployed(example_input if isinstance(example_input, tuple) else (example_input,)))
-    tried: list[Any] = []
+    inputs = two_samples(arguments(example_input))
+    deployed = deploy(folded).cpu().float()
 
     def export(shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
-        tried.append(shapes)
         return torch.export.export(deployed, inputs, dynamic_shapes=shapes)
 
     try:
-        deployed = deploy(folded).cpu().float()
         with torch.no_grad():
-            program = first_that_works(dynamic_batch(deployed, inputs), export)
+            program, free = export_freely(deployed, inputs, export)
         with atomic(path) as temporary, temporary.open("wb") as file:
             torch.export.save(program, file)
     except QuantizationError:
         raise
     except Exception as cause:
         raise ExportError(f"{type(folded).__name__} cannot be exported: {type(cause).__name__}: {cause}") from cause
-    if is_fixed(tried[-1]):
+    if not free:
         warn_of_fixed_batch(folded, inputs)
     return program

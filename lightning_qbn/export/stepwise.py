@@ -61,11 +61,11 @@ def compare_stepwise(
         difference of an output in float, as a share of its largest value, or the share of whole numbers that differ;
         and the outputs.
     """
-    zero_points, content = _with_integers(proto)
-    outputs = run_session(session(content, options), tuple(tensors_in(inputs)))
+    zero_points = _zero_points(proto)
+    outputs = run_session(session(_with_integers(proto, zero_points), options), tuple(tensors_in(inputs)))
     last = len(outputs) - len(zero_points)
     found = zip(zero_points.items(), outputs[last:], strict=True)
-    integers = {name: x.to(torch.int32) - zero_point for (name, zero_point), x in found}
+    integers = {name: x.to(torch.int32) - int(zero_point) for (name, zero_point), x in found}
     return *compare_given(deployed, inputs, integers, outputs[:last]), outputs[:last]
 
 
@@ -96,27 +96,31 @@ def _rest(want: Tensor, got: Tensor) -> float:
     return float(apart.max()) / range_of(want) if want.is_floating_point() else float((apart > 0).double().mean())
 
 
-def _with_integers(proto: onnx.ModelProto) -> tuple[dict[str, int], bytes]:
-    """The file with the integers of all activations as further outputs; and their names, with the zero points."""
+def _zero_points(proto: onnx.ModelProto) -> dict[str, Any]:
+    """The integers of all activations of a file, by name, to the zero points of their quantizers."""
+    import onnx
+
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    rounded = (n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in tensors)
+    return {node.input[0]: onnx.numpy_helper.to_array(tensors[node.input[2]]) for node in rounded}
+
+
+def _with_integers(proto: onnx.ModelProto, zero_points: dict[str, Any]) -> bytes:
+    """The file with the integers of all activations as further outputs."""
     import onnx
 
     exposed = onnx.ModelProto()
     exposed.CopyFrom(proto)
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    zero_points = {}
-    for node in proto.graph.node:
-        name = node.input[0]
-        if node.op_type == "DequantizeLinear" and name not in tensors and name not in zero_points:
-            shift = tensors[node.input[2]]
-            zero_points[name] = int(onnx.numpy_helper.to_array(shift))
-            exposed.graph.output.append(onnx.helper.make_tensor_value_info(name, shift.data_type, None))
-    return zero_points, exposed.SerializeToString()
+    for name, zero_point in zero_points.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(zero_point.dtype)
+        exposed.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    content: bytes = exposed.SerializeToString()
+    return content
 
 
 def rounded_tensors(deployed: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[str]]:
-    """Tensors that a deployed network rounds: of each quantizer, by its first one, those of all its calls."""
-    names = tensor_names(deployed)
-    first = {deployed.get_submodule(path): name for path, name in names.items()}
+    """What a deployed network rounds: the tensor of each quantizer to those of all its calls, by name."""
+    first = {deployed.get_submodule(path): name for path, name in tensor_names(deployed).items()}
     found: dict[str, list[str]] = defaultdict(list)
 
     def note(name: str, module: nn.Module, output: Tensor) -> None:
@@ -129,19 +133,18 @@ def rounded_tensors(deployed: nn.Module, inputs: tuple[Any, ...]) -> dict[str, l
 
 def left_out(deployed: nn.Module, proto: onnx.ModelProto, inputs: tuple[Any, ...]) -> str | None:
     """The first tensor that the deployed network rounds and the file does not, where an output depends on it."""
-    integers, _ = _with_integers(proto)
-    expected = outputs_of(deployed, inputs)
+    integers = _zero_points(proto)
     called = [f"{name}.integers" for names in rounded_tensors(deployed, inputs).values() for name in names]
 
-    def without(name: str) -> list[Tensor]:
+    def without(name: str | None) -> list[Tensor]:
         with heard(deployed, lambda found, module, output: torch.zeros_like(output) if found == name else None):
             return outputs_of(deployed, inputs)
 
     for name in called:
-        if name not in integers and any(
-            bool(distance(*pair).any()) for pair in zip(expected, without(name), strict=True)
-        ):
-            return name.removesuffix(".integers")
+        if name not in integers:
+            pairs = zip(without(None), without(name), strict=True)
+            if any(bool(distance(*pair).any()) for pair in pairs):
+                return name.removesuffix(".integers")
     return None
 
 
@@ -165,7 +168,7 @@ def _substituted(deployed: nn.Module, integers: dict[str, Tensor], steps: list[S
 
 
 @contextmanager
-def heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor], Any]) -> Iterator[None]:
+def heard(deployed: nn.Module, listener: Callable[[str, QuantizeDequantize, Tensor], Any]) -> Iterator[None]:
     """Call a function with every rounded tensor and the name of its integers in the file; it may give another one."""
     calls: Counter[str] = Counter()
 
@@ -173,7 +176,7 @@ def heard(deployed: nn.Module, heard: Callable[[str, QuantizeDequantize, Tensor]
         def hook(module: QuantizeDequantize, args: tuple[Any, ...], output: Any) -> Any:
             calls[name] += 1
             called = name if calls[name] == 1 else f"{name}.{calls[name]}"
-            return heard(called, module, output) if isinstance(output, Tensor) else None
+            return listener(called, module, output) if isinstance(output, Tensor) else None
 
         return hook
 

@@ -7,7 +7,6 @@ whole epoch; the share of the hooks in it does not depend on what else the machi
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +27,8 @@ from lightning_qbn import (
     QuantizedExport,
 )
 from lightning_qbn.demo.networks import MobileNet, ResNet
+
+from .output import show, write
 
 NETWORKS = {"mobilenet": MobileNet, "resnet": ResNet}
 HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_before_zero_grad")
@@ -120,9 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
                     table.add_column(key, justify="right")
             table.add_row(way, *(f"{value:.2f}" for value in shares.values()))
             found[f"{name}, {way}"] = shares
-        Console(width=120).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        show(table, 120)
+    write(found, options.json)
     return found
 
 

@@ -8,7 +8,6 @@ step at the input is tens of steps at the output), so parity is that of single l
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import onnxruntime
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,6 +24,7 @@ import lightning_qbn as qbn
 from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.export.runtime import SessionOptions
 
+from .output import show, write
 from .timing import interleaved
 
 
@@ -136,9 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if not key.endswith("parity"):
             values = [row[key] for row in found]
             table.add_row(key, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
-    Console(width=100).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    show(table)
+    write(found, options.json)
     return found
 
 

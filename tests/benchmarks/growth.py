@@ -7,7 +7,6 @@ is linear.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -30,6 +28,8 @@ from lightning_qbn import (
     reestimate_batch_norms,
 )
 from lightning_qbn.demo.networks import ResNet
+
+from .output import show, write
 
 
 def of_layers(count: int) -> nn.Module:
@@ -83,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     for name, row in results.items():
         row["exponent"] = exponent(list(found), [found[count][name] for count in found])
         table.add_row(name, *(f"{value:.2f}" for value in row.values()))
-    Console(width=100).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2))
+    show(table)
+    write(results, options.json)
     return results
 
 

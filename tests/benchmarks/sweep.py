@@ -7,7 +7,6 @@ the shorter ones.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from .output import show, write
 
 
 def run(folder: Path, *overrides: str) -> float:
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     table = Table("", "s, or ratio")
     for key, value in found.items():
         table.add_row(key, f"{value:.2f}")
-    Console(width=100).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+    show(table)
+    write(found, options.json)
     return found
 
 

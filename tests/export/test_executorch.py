@@ -23,6 +23,7 @@ from lightning_qbn.demo.networks import MobileNet, ResNet
 from lightning_qbn.export import executorch
 from lightning_qbn.export.deploy import deploy
 from lightning_qbn.export.formats import check_formats
+from lightning_qbn.export.loaded import ExportedFile
 from lightning_qbn.export.parity import measure_parity, outputs_of
 
 IMAGES = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -79,13 +80,13 @@ def test_program_computes_what_was_trained_at_any_batch_up_to_that_of_the_exampl
 
 @pytest.mark.peers
 def test_wrong_program_is_refused(runtime, tmp_path, monkeypatch):
-    original = executorch._with_wide_zero_points
+    original = executorch.prepare
 
     def spoiled(deployed):
         deployed.stem[0].weight_integers.neg_()
         return original(deployed)
 
-    monkeypatch.setattr(executorch, "_with_wide_zero_points", spoiled)
+    monkeypatch.setattr(executorch, "prepare", spoiled)
     with pytest.raises(ExportError, match=r"first layer whose integers differ is stem\.2"):
         export_executorch(folded(MobileNet), tmp_path / "net.pte", IMAGES)
     assert list(tmp_path.iterdir()) == []
@@ -121,6 +122,17 @@ def test_layers_that_xnnpack_has_not_in_integers_are_computed_in_float(runtime, 
 @pytest.mark.parametrize("config", [{"activation_bits": None}, {"skip": ["stem"]}])
 def test_float_parts(runtime, tmp_path, config):
     assert export_executorch(folded(Odd, **config), tmp_path / "net.pte", IMAGES).differing <= 0.02
+
+
+@pytest.mark.peers
+def test_program_in_the_place_of_the_network(runtime, tmp_path):
+    network, path = folded(MobileNet), tmp_path / "net.pte"
+    export_executorch(network, path, IMAGES)
+    loaded = ExportedFile(path)
+    step = float(network.head.output_quantizer.scale.detach())
+    assert (loaded(IMAGES) - network(IMAGES)).abs().max() <= 1.01 * step
+    with pytest.raises(ExportError, match="does not take"):
+        loaded(torch.cat([IMAGES, IMAGES]))  # more than the example had
 
 
 @pytest.mark.peers

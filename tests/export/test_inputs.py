@@ -99,6 +99,16 @@ def test_arguments_of_any_form(tmp_path, network, second, batch, size):
         assert (found - folded(*more)).abs().max() <= 2.01 * step
 
 
+def test_an_argument_without_a_batch_may_come_first(tmp_path):
+    x, factors = images(), torch.rand(4)
+    folded = fold(Two(lambda net, y, x: _times(net, x, y)), factors, x)
+    export_onnx(folded, tmp_path / "net.onnx", (factors, x))  # a warning of a fixed batch would be an error
+    _, second = onnx.load(tmp_path / "net.onnx").graph.input
+    assert second.type.tensor_type.shape.dim[0].dim_param == "batch"
+    (found,) = run_session(session(tmp_path / "net.onnx"), (factors, images(2)))
+    assert found.shape[0] == 2
+
+
 def test_a_dictionary_is_an_argument_as_any_other(tmp_path):
     folded = fold(One(lambda net, x: net.layer(x["image"])), {"image": images()})
     assert export_onnx(folded, tmp_path / "net.onnx", ({"image": images()},)).parity["all"].max_lsb <= 1.01
