@@ -15,7 +15,7 @@ from lightning_qbn.errors import ConfigurationError
 
 _CHOICES = {
     "weight_granularity": ("per_channel", "per_tensor"),
-    "scale": ("learned", "observed"),
+    "scale": ("learned", "pact", "observed"),
     "range_estimator": ("mse", "minmax", "percentile"),
 }
 _NOT_PER_LAYER = ("overrides", "skip")
@@ -35,8 +35,14 @@ class QuantizationConfig:
         activation_symmetric: signed activations with zero point 0 instead of affine unsigned ones.
         scale: ``"learned"`` trains the scale by gradient descent (LSQ, Esser et al., ICLR 2020, section 2,
             on the logarithm of the scale as in TQT, Jain et al., MLSys 2020, section 3);
-            ``"observed"`` follows a moving minimum and maximum.
+            ``"pact"`` also trains it, but moves those of activations by the values that are clipped alone (Choi et
+            al., 2018, equation 3); ``"observed"`` follows a moving minimum and maximum.
         range_estimator: how calibration chooses the first scale.
+        learned_zero_point: also train the zero point of affine activations (LSQ+, Bhalgat et al., CVPR workshops
+            2020, section 3), which stays a whole number. Of those behind a ReLU it stays 0.
+        gradient_scale: divide the gradient of a learned scale by ``sqrt(values * quant_max)``, with the number of
+            values that the scale serves (LSQ, section 2.2). It makes the learning rate of scales comparable to that
+            of weights for SGD; Adam is indifferent to it.
         overrides: settings for single layers by module name pattern, such as
             ``{"head": {"weight_bits": 8}}``. A pattern matches a layer by its own name or by the name of
             a module that contains it, written from the module that quantizers are inserted into or from the
@@ -56,6 +62,8 @@ class QuantizationConfig:
     activation_symmetric: bool = False
     scale: str = "learned"
     range_estimator: str = "mse"
+    learned_zero_point: bool = False
+    gradient_scale: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     skip: Sequence[str] = ()
 
@@ -67,8 +75,7 @@ class QuantizationConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigurationError(f"{name} must be one of {choices}, found {getattr(self, name)!r}.")
-        if not isinstance(self.activation_symmetric, bool):
-            raise ConfigurationError(f"activation_symmetric must be a bool, found {self.activation_symmetric!r}.")
+        self._check_flags()
         listed = isinstance(self.skip, Sequence) and not isinstance(self.skip, str)
         if not listed or not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigurationError(f"skip must be a list of name patterns, found {self.skip!r}.")
@@ -84,6 +91,16 @@ class QuantizationConfig:
         object.__setattr__(self, "overrides", {p: dict(s) for p, s in self.overrides.items()})
         for pattern, settings in self.overrides.items():
             self._with(pattern, settings)
+
+    def _check_flags(self) -> None:
+        for name in ("activation_symmetric", "learned_zero_point", "gradient_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be a bool, found {getattr(self, name)!r}.")
+        for name in ("learned_zero_point", "gradient_scale"):
+            if getattr(self, name) and self.scale == "observed":
+                raise ConfigurationError(f"{name} is for scales that are learned, but scale is 'observed'.")
+        if self.learned_zero_point and self.activation_symmetric:
+            raise ConfigurationError("learned_zero_point needs affine activations, but activation_symmetric is True.")
 
     @classmethod
     def from_aimet(cls, path: str | Path, **settings: Any) -> QuantizationConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qbn.arithmetic import Bound, wide
 from lightning_qbn.kernels import Clip
+from lightning_qbn.range_gradients import clip_then_round, features_per_scale, round_straight_through, scale_gradient
 from lightning_qbn.rounding import NO_CLIP, fake_quantize
 
 _AVERAGING_CONSTANT = 0.01  # of the moving minimum and maximum of observed activations, as in torch's observer
@@ -31,6 +33,10 @@ class FakeQuantize(nn.Module):
             input's moving minimum and maximum in training mode.
         follow_input: observed range is that of the present input alone (weights).
         range_estimator: how `calibrate_quantizers` chooses the first range.
+        learned_zero_point: the zero point is a Parameter too, and rounded in every pass. Behind a ReLU it stays 0.
+        clip_gradient: a learned scale moves by the values that are clipped alone, as in PACT.
+        gradient_scale: divide the gradient of a learned scale by the root of the values that it serves times
+            ``quant_max``, as in LSQ.
     """
 
     log2_scale: Tensor
@@ -48,10 +54,16 @@ class FakeQuantize(nn.Module):
         learned: bool = True,
         follow_input: bool = False,
         range_estimator: str = "mse",
+        learned_zero_point: bool = False,
+        clip_gradient: bool = False,
+        gradient_scale: bool = False,
     ) -> None:
         super().__init__()
         self.signed, self.narrow, self.learned, self.follow_input = signed, narrow, learned, follow_input
         self.range_estimator = range_estimator
+        learned_zero_point = learned_zero_point and learned and not signed
+        self.learned_zero_point, self.clip_gradient = learned_zero_point, clip_gradient and learned
+        self.gradient_scale = gradient_scale and learned
         self.configured_bits = bits
         self.set_bits(bits)
         # Infinity says that there is no range yet. A flag would be a buffer, and weight averaging averages those.
@@ -62,7 +74,10 @@ class FakeQuantize(nn.Module):
             self.register_buffer("log2_scale", log2_scale)
             self.register_buffer("minimum", torch.zeros_like(log2_scale))
             self.register_buffer("maximum", torch.zeros_like(log2_scale))
-        self.register_buffer("zero_point", torch.zeros_like(log2_scale))  # a whole number
+        if learned_zero_point:
+            self.zero_point = nn.Parameter(torch.zeros_like(log2_scale))
+        else:
+            self.register_buffer("zero_point", torch.zeros_like(log2_scale))  # a whole number
         self.enabled = True
         self.observing = True
         # Control flow reads a Python flag: reading the tensor would break compiled graphs and wait for a GPU.
@@ -73,6 +88,13 @@ class FakeQuantize(nn.Module):
     def scale(self) -> Tensor:
         """Step between two neighbouring integers; positive, float32 or wider, of shape ``scale_shape``."""
         return torch.exp2(self.log2_scale.to(wide(self.log2_scale.dtype)))
+
+    @property
+    def whole_zero_point(self) -> Tensor:
+        """The integer that stands for 0, of shape ``scale_shape``."""
+        # Weight averaging leaves it a little off a whole number, training where it likes.
+        whole = self.zero_point.detach().round()
+        return whole.clamp(self.quant_min, self.quant_max) if self.learned_zero_point else whole
 
     @property
     def is_calibrated(self) -> bool:
@@ -136,12 +158,23 @@ class FakeQuantize(nn.Module):
         """Round what an activation leaves of ``x``; see `fake_quantize`, also for ``memory``."""
         if not self.learned and self.observing and self.training:
             self._observe(x.detach(), clip)
-        return fake_quantize(x, self.scale, *self._bounds(), clip, **memory)
+        scale, (low, high) = self.scale, self._bounds()
+        if not torch.is_grad_enabled() or not (self.learned_zero_point or self.clip_gradient or self.gradient_scale):
+            return fake_quantize(x, scale, low, high, clip, **memory)
+        if self.gradient_scale:
+            served = features_per_scale(x, scale, is_weight=self.follow_input)
+            scale = scale_gradient(scale, 1.0 / math.sqrt(served * self.quant_max))
+        if self.learned_zero_point and clip == NO_CLIP:
+            zero_point = round_straight_through(self.zero_point, self.quant_min, self.quant_max)
+            low, high = self.quant_min - zero_point, self.quant_max - zero_point
+        elif not self.clip_gradient:
+            return fake_quantize(x, scale, low, high, clip, **memory)
+        return clip_then_round(x, scale, low, high, clip, learn_step=not self.clip_gradient)
 
     def _bounds(self) -> tuple[Bound, Bound]:
         if self.signed:
             return self.quant_min, self.quant_max
-        zero_point = self.zero_point.round()  # weight averaging may leave it a little off a whole number
+        zero_point = self.whole_zero_point
         return self.quant_min - zero_point, self.quant_max - zero_point
 
     @torch.no_grad()

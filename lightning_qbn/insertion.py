@@ -191,6 +191,9 @@ def _activation_quantizer(settings: QuantizationConfig) -> FakeQuantize:
     return FakeQuantize(
         settings.activation_bits,
         signed=settings.activation_symmetric,
-        learned=settings.scale == "learned",
+        learned=settings.scale != "observed",
         range_estimator=settings.range_estimator,
+        learned_zero_point=settings.learned_zero_point,
+        clip_gradient=settings.scale == "pact",
+        gradient_scale=settings.gradient_scale,
     )

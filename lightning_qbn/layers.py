@@ -156,9 +156,10 @@ def quantize_weight(layer: WeightLayer, config: QuantizationConfig) -> FakeQuant
         signed=True,
         narrow=True,
         scale_shape=channel_shape(layer) if config.weight_granularity == "per_channel" else (),
-        learned=config.scale == "learned",
+        learned=config.scale != "observed",
         follow_input=True,
         range_estimator=config.range_estimator,
+        gradient_scale=config.gradient_scale,
     ).to(layer.weight.device)
     quantizer.train(layer.training)
     layer.weight_quantizer = quantizer

@@ -1,4 +1,4 @@
-"""Learned scales get a parameter group of their own in the optimizer that the user configured.
+"""Learned scales, and zero points, get a parameter group of their own in the optimizer that the user configured.
 
 They are never weight-decayed, and may have their own learning rate. Schedulers were made for the groups
 that were there before, so every list that they keep by group gets one more entry.
@@ -35,7 +35,7 @@ def separate_scales(
     Returns:
         Names of scales that no optimizer will train, because there is none.
     """
-    scales = {id(q.log2_scale): (name, q.log2_scale) for name, q in quantizers(network).items() if q.learned}
+    scales = {id(p): (name, p) for name, q in quantizers(network).items() for p in q.parameters()}
     taken: set[int] = set()
     optimizers = [optimizer for optimizer in optimizers if optimizer.param_groups]
     for optimizer in optimizers:

@@ -124,7 +124,7 @@ class QuantizationAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called once device, loaders and restored state are in place, also in the middle of an epoch."""
         self._quantizers = list(quantizers(pl_module).values())
-        self._scales = [q.log2_scale for q in self._quantizers if isinstance(q.log2_scale, nn.Parameter)]
+        self._scales = [parameter for quantizer in self._quantizers for parameter in quantizer.parameters()]
         if self.schedule.unit == "step":
             steps = trainer.estimated_stepping_batches
             self._check_schedule(int(steps) if math.isfinite(steps) else None)

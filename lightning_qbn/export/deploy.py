@@ -36,7 +36,7 @@ class QuantizeDequantize(nn.Module):
         shift = -quantizer.quant_min if unsigned else 0
         self.quant_min, self.quant_max = quantizer.quant_min + shift, quantizer.quant_max + shift
         self.scale = float(quantizer.scale.detach().float())
-        self.zero_point = int(quantizer.zero_point.round()) + shift
+        self.zero_point = int(quantizer.whole_zero_point) + shift
 
     def forward(self, x: Any) -> Any:
         """Values of ``x`` on the grid; anything that is no floating-point tensor as it is."""
