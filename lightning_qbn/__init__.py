@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_qbn.calibration import Calibration as Calibration
     from lightning_qbn.calibration import calibrate_quantizers as calibrate_quantizers
+    from lightning_qbn.callbacks.distillation import Distillation as Distillation
     from lightning_qbn.callbacks.export import QuantizedExport as QuantizedExport
     from lightning_qbn.callbacks.oscillation import OscillationDampening as OscillationDampening
     from lightning_qbn.callbacks.oscillation import OscillationTracking as OscillationTracking
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ("Calibration", "calibrate_quantizers"),
     "callbacks.export": ("QuantizedExport",),
+    "callbacks.distillation": ("Distillation",),
     "callbacks.oscillation": ("OscillationDampening", "OscillationTracking", "WeightFreezing"),
     "callbacks.quantization": ("QuantizationAwareTraining",),
     "callbacks.reestimation": ("BatchNormReestimation",),

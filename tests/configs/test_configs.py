@@ -53,6 +53,14 @@ def test_oscillation_is_a_callback_behind_quantization(tmp_path, chosen, kind):
     assert type(instantiate(cfg.callbacks.oscillation)).__name__ == kind
 
 
+def test_distillation_and_averaging_are_callbacks_before_reestimation(tmp_path):
+    cfg = composed(tmp_path, "distillation=logits", "averaging=ema")
+    kinds = [entry._target_.rpartition(".")[2] for entry in cfg.callbacks.values() if entry is not None]
+    assert kinds[:4] == ["QuantizationAwareTraining", "Distillation", "EMAWeightAveraging", "BatchNormReestimation"]
+    for name, kind in (("distillation", "Distillation"), ("averaging", "EMAWeightAveraging")):
+        assert type(instantiate(cfg.callbacks[name])).__name__ == kind
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
 @pytest.mark.parametrize(
