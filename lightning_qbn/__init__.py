@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_qbn.layers import integer_weights as integer_weights
     from lightning_qbn.reestimation import reestimate_batch_norms as reestimate_batch_norms
     from lightning_qbn.schedule import QATSchedule as QATSchedule
+    from lightning_qbn.sensitivity import weight_sensitivity as weight_sensitivity
 
 # Looked up on first use: `lightning-qbn --help` and the core should not wait for Lightning or ONNX to load.
 _HOMES = {
@@ -79,6 +80,7 @@ _HOMES = {
     "layers": ("integer_weights",),
     "reestimation": ("reestimate_batch_norms",),
     "schedule": ("QATSchedule",),
+    "sensitivity": ("weight_sensitivity",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -71,7 +71,7 @@ def calibrate_quantizers(
         used, seen = observe(network, activations, layers.values(), batches, num_batches, forward_fn)
         for name, layer in layers.items():
             if join(name, "weight_quantizer") in wanted:
-                _calibrate_weight(name, layer)
+                calibrate_weight(name, layer)
         for name, values in ((name, values) for name, values in seen.items() if values):
             activations[name].set_range(*range_of(torch.cat(values, dim=1), activations[name]))
     unreached = tuple(name for name in activations if name not in seen)
@@ -156,7 +156,12 @@ def _thin(rows: Tensor, limit: int, seed: int = 0) -> Tensor:
     return torch.cat([rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), rows[:, columns]], dim=1)
 
 
-def _calibrate_weight(name: str, layer: WeightQuantized) -> None:
+def calibrate_weight(name: str, layer: WeightQuantized) -> None:
+    """Choose the range of a layer's weight quantizer.
+
+    Raises:
+        CalibrationError: the weight holds NaN or infinity.
+    """
     quantizer = layer.weight_quantizer
     weight: WeightLayer = layer  # type: ignore[assignment]
     view = channel_view(weight, weight.weight.detach()).float()

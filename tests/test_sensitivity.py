@@ -1,0 +1,170 @@
+"""Layers one at a time: noise, metric, bits for a size, and a config file that a run takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
+import lightning_qbn as qbn
+from lightning_qbn.demo.networks import MobileNet
+from lightning_qbn.fake_quantize import quantizers
+from lightning_qbn.layers import weight_layers
+from lightning_qbn.sensitivity import LayerSensitivity, Sensitivity
+
+CONFIG = qbn.QuantizationConfig(weight_bits=4, activation_bits=8)
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 1, 8, 8, generator=generator), torch.arange(16) % 10) for _ in range(count)]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = MobileNet().eval()
+    qbn.insert_quantizers(network, CONFIG)
+    return network
+
+
+def accuracy(output, batch):
+    return (output.argmax(1) == batch[1]).float().mean()
+
+
+def test_one_layer_by_hand(network):
+    found = qbn.weight_sensitivity(network, batches(1), bits=[3], metric_fn=accuracy)
+    plain = MobileNet().eval()
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if k in plain.state_dict()})
+    quantized = copy.deepcopy(plain)
+    qbn.insert_quantizers(quantized, qbn.QuantizationConfig(weight_bits=3, activation_bits=None))
+    qbn.calibrate_quantizers(quantized, batches(1))
+    images, labels = batches(1)[0]
+    with torch.no_grad():
+        reference = plain(images)
+        layers = weight_layers(quantized)
+        assert [row.layer for row in found.rows] == list(layers)
+        for row in found.rows:
+            other = copy.deepcopy(plain)
+            rounded = layers[row.layer].quantized_weight()
+            other.get_submodule(row.layer).weight.copy_(rounded)
+            output = other(images)
+            noise = (output - reference).double().square().sum()
+            expected = 10 * math.log10(reference.double().square().sum() / noise)
+            assert row.sqnr == pytest.approx(expected, abs=0.05)
+            assert row.metric == pytest.approx(float((output.argmax(1) == labels).float().mean()))
+            assert row.parameters == rounded.numel()
+
+
+def test_more_bits_cost_less_and_sparing_a_layer_wins_little(network):
+    alone = qbn.weight_sensitivity(network, batches(), bits=[8, 2])
+    rest = qbn.weight_sensitivity(network, batches(), bits=[2], mode="all_but_one")
+    by_bits = {(row.layer, row.bits): row.sqnr for row in alone.rows}
+    for name in weight_layers(network):
+        assert by_bits[name, 8] > by_bits[name, 2] + 6
+    assert max(row.sqnr for row in rest.rows) < max(row.sqnr for row in alone.rows if row.bits == 2)
+    assert [row.metric for row in rest.rows] == [None] * len(rest.rows)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_network_is_as_before(network, failing):
+    qbn.calibrate_quantizers(network, batches())
+    images = batches(1)[0][0]
+    with torch.no_grad():
+        before, state = network(images), {k: v.clone() for k, v in network.state_dict().items()}
+        calls = []
+
+        def forward_fn(net, batch):
+            calls.append(1)
+            if failing and len(calls) > 5:
+                raise ValueError("stop")
+            return net(batch[0])
+
+        if failing:
+            with pytest.raises(ValueError, match="stop"):
+                qbn.weight_sensitivity(network, batches(), forward_fn=forward_fn)
+        else:
+            qbn.weight_sensitivity(network, batches(), forward_fn=forward_fn)
+        assert torch.equal(network(images), before)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert all(q.enabled and q.bits == q.configured_bits for q in quantizers(network).values())
+
+
+def rows(noises):
+    """From layer to (parameters, bits to SQNR)."""
+    return Sensitivity(
+        tuple(
+            LayerSensitivity(n, b, size, sqnr, None) for n, (size, found) in noises.items() for b, sqnr in found.items()
+        )
+    )
+
+
+def test_the_cheapest_layers_are_lowered_first():
+    found = rows({"a": (100, {2: 10.0, 4: 30.0, 8: 60.0}), "b": (100, {2: 40.0, 4: 50.0, 8: 60.0})})
+    assert found.propose_bits(8) == {"a": {"weight_bits": 8}, "b": {"weight_bits": 8}}
+    assert found.propose_bits(5) == {"a": {"weight_bits": 8}, "b": {"weight_bits": 2}}
+    assert found.propose_bits(3) == {"a": {"weight_bits": 4}, "b": {"weight_bits": 2}}
+    assert found.propose_bits(2) == {"a": {"weight_bits": 2}, "b": {"weight_bits": 2}}
+    with pytest.raises(qbn.ConfigurationError, match=r"2\.00 bits in the mean, more than the 1\.5"):
+        found.propose_bits(1.5)
+
+
+def test_layers_that_cost_nothing_are_lowered_first():
+    found = rows({"a": (9, {2: math.inf, 8: math.inf}), "b": (9, {2: 3.0, 8: math.inf})})
+    assert found.propose_bits(5) == {"a": {"weight_bits": 2}, "b": {"weight_bits": 8}}
+
+
+def test_the_proposal_keeps_the_budget_and_is_better_than_the_same_bits_everywhere(network):
+    found = qbn.weight_sensitivity(network, batches(), bits=[2, 3, 4, 6, 8])
+    sizes = {row.layer: row.parameters for row in found.rows}
+    noise = {(row.layer, row.bits): 10 ** (-row.sqnr / 10) for row in found.rows}
+    for average in (2.5, 4.0, 7.9):
+        chosen = found.propose_bits(average)
+        mean = sum(sizes[n] * c["weight_bits"] for n, c in chosen.items()) / sum(sizes.values())
+        assert mean <= average
+        assert max(c["weight_bits"] for c in chosen.values()) > average
+        if average == 4.0:
+            assert sum(noise[n, c["weight_bits"]] for n, c in chosen.items()) < sum(noise[n, 4] for n in chosen)
+
+
+def test_a_run_takes_the_file(network, tmp_path):
+    found = qbn.weight_sensitivity(network, batches(), bits=[2, 8])
+    (tmp_path / "quantization").mkdir()
+    found.write_config(tmp_path / "quantization" / "proposed.yaml", average=4)
+    GlobalHydra.instance().clear()
+    from lightning_qbn import configs
+
+    with initialize_config_dir(str(configs.__path__[0]), version_base="1.3"):
+        cfg = compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "quantization=proposed"])
+    config = instantiate(cfg.quantization)
+    assert {n: dict(c) for n, c in config.overrides.items()} == found.propose_bits(4)
+    other = MobileNet()
+    qbn.insert_quantizers(other, config)
+    widths = {name: layer.weight_quantizer.bits for name, layer in weight_layers(other).items()}
+    assert widths == {name: c["weight_bits"] for name, c in found.propose_bits(4).items()}
+
+
+def test_the_table_has_every_row(network):
+    table = qbn.weight_sensitivity(network, batches(1), bits=[4], metric_fn=accuracy).table()
+    assert table.row_count == len(weight_layers(network))
+
+
+@pytest.mark.parametrize("wrong", [{"bits": []}, {"bits": [1]}, {"bits": [True]}, {"mode": "two"}, {"num_batches": 0}])
+def test_wrong_settings_are_refused(network, wrong):
+    with pytest.raises(qbn.ConfigurationError, match=next(iter(wrong))):
+        qbn.weight_sensitivity(network, batches(), **wrong)
+
+
+def test_what_cannot_be_compared_is_said(network):
+    with pytest.raises(qbn.ConfigurationError, match="gives a list"):
+        qbn.weight_sensitivity(network, batches(), forward_fn=lambda net, batch: [net(batch[0])])
+    with pytest.raises(qbn.UnsupportedNetworkError, match="no weight quantizers"):
+        qbn.weight_sensitivity(MobileNet(), batches())
+    with pytest.raises(qbn.ConfigurationError, match="no batch"):
+        qbn.weight_sensitivity(network, [])
