@@ -53,8 +53,9 @@ def test_zero_point_gradient_is_that_of_lsq_plus_in_float64(seed, bits):
     quantizer = calibrated(bits, learned_zero_point=True)
     scale, zero_point = quantizer.scale.detach().double(), quantizer.zero_point.detach().double()
     low, high = quantizer.quant_min - zero_point, quantizer.quant_max - zero_point
-    steps = x.double() / scale
-    below, above = steps < low - 1e-4, steps > high + 1e-4
+    steps = (x / quantizer.scale.detach()).double()  # halves must be the same halves
+    ends = [(end.float() * quantizer.scale.detach()) for end in (low, high)]  # values may lie on them but for rounding
+    below, above = x < ends[0], x > ends[1]
     _, to_x, found = gradients(quantizer, x, grad)
     outside = (below | above).double()
     torch.testing.assert_close(found["zero_point"].double(), -(scale * grad * outside).sum(), rtol=1e-4, atol=1e-4)
