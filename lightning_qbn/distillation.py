@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -15,14 +13,14 @@ from lightning_qbn.insertion import remove_quantizers
 
 def float_teacher(network: nn.Module) -> nn.Module:
     """A copy of a network without quantizers, in evaluation mode, none of whose parameters is trained."""
-    teacher = copy_of(network)
+    teacher = frozen(network)
     remove_quantizers(teacher)
-    return teacher.eval().requires_grad_(False)
+    return teacher
 
 
 def frozen(teacher: nn.Module) -> nn.Module:
-    """A copy of a given teacher, in evaluation mode, none of whose parameters is trained."""
-    return copy.deepcopy(teacher).eval().requires_grad_(False)
+    """A copy of a teacher, in evaluation mode, none of whose parameters is trained."""
+    return copy_of(teacher).eval().requires_grad_(False)
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_qbn.calibration import calibrate_weight
 from lightning_qbn.convolution import WeightLayer
 from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
-from lightning_qbn.fake_quantize import FakeQuantize, quantizers
+from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import write_text
 from lightning_qbn.layers import WeightQuantized
-from lightning_qbn.passes import ForwardFn, check_num_batches, default_forward, load, quiet
+from lightning_qbn.passes import ForwardFn, check_num_batches, copied, default_forward, load, quiet
 
 _NOTE = "# Bits of each layer. Use it: lightning-qbn hydra.searchpath=[file://FOLDER] quantization=NAME"
 
@@ -136,7 +136,7 @@ def weight_sensitivity(
     call = forward_fn or default_forward
     rows = []
     with quiet(network), _put_back(network):
-        reference = [_tensor(call(network, batch)).clone() for batch in kept]
+        reference = [_tensor(call(network, copied(batch))).clone() for batch in kept]
         for width in widths:
             for name, layer in layers.items():
                 layer.weight_quantizer.set_bits(width)
@@ -144,7 +144,7 @@ def weight_sensitivity(
             for name in layers:
                 for other, module in layers.items():
                     module.weight_quantizer.enabled = (other == name) == (mode == "one")
-                outputs = [_tensor(call(network, batch)).clone() for batch in kept]
+                outputs = [_tensor(call(network, copied(batch))).clone() for batch in kept]
                 found = None if metric_fn is None else _mean(metric_fn, outputs, kept)
                 count = cast(WeightLayer, layers[name]).weight.numel()
                 rows.append(LayerSensitivity(name, width, count, _sqnr(reference, outputs), found))
@@ -158,15 +158,12 @@ def _mean(metric_fn: Callable[[Tensor, Any], float], outputs: list[Tensor], batc
 @contextmanager
 def _put_back(network: nn.Module) -> Iterator[None]:
     """All quantizers off at first; at the end with the bits, ranges and states that they had."""
-    found: dict[str, FakeQuantize] = quantizers(network)
-    saved = {n: (q.bits, q.enabled, {k: v.clone() for k, v in q.state_dict().items()}) for n, q in found.items()}
+    saved = [(q, q.bits, copied(q.state_dict())) for q in quantizers(network).values()]
     try:
-        for quantizer in found.values():
-            quantizer.enabled = False
-        yield
+        with switched_off(quantizer for quantizer, _, _ in saved):
+            yield
     finally:
-        for name, quantizer in found.items():
-            width, quantizer.enabled, state = saved[name]
+        for quantizer, width, state in saved:
             quantizer.set_bits(width)
             quantizer.load_state_dict(state)
 

@@ -150,6 +150,16 @@ def test_a_run_takes_the_file(network, tmp_path):
     assert widths == {name: c["weight_bits"] for name, c in found.propose_bits(4).items()}
 
 
+def test_a_network_that_writes_over_its_input_gets_the_same_each_time(network):
+    def spoil(net, batch):
+        return net(batch[0].mul_(2.0))
+
+    given = batches()
+    once = qbn.weight_sensitivity(network, given, bits=[4], forward_fn=spoil)
+    assert torch.equal(given[0][0], batches()[0][0])
+    assert once == qbn.weight_sensitivity(network, given, bits=[4], forward_fn=spoil)
+
+
 def test_the_table_has_every_row(network):
     table = qbn.weight_sensitivity(network, batches(1), bits=[4], metric_fn=accuracy).table()
     assert table.row_count == len(weight_layers(network))

@@ -15,6 +15,7 @@ from lightning_qbn.callbacks.exported import exported_network
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.distillation import feature_distance, float_teacher, frozen, soft_cross_entropy
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.passes import copied
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -42,6 +43,7 @@ class Distillation(Callback):
         loss: the last distance.
     """
 
+    _compared = False  # whether the present batch has called the student
     _answer: Any = None  # of the teacher, to the arguments of the student's present call
 
     def __init__(
@@ -91,21 +93,33 @@ class Distillation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a batch: what the student gives from now on is compared."""
         self._forget()
-        self._listening = True
+        self._listening, self._compared = True, False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Called with the loss, which gets its share of the distance in place: Lightning differentiates that."""
-        self._listening = False
+        self._listening = False  # checkpointed activations call layers again
         if not self._distances:
-            raise ConfigurationError(
-                f"training_step did not call {type(pl_module).__name__}'s quantized network with gradients, so "
-                f"Distillation has nothing to compare. Leave it out, or call the network in training_step."
-            )
+            return  # of another loss of the same step
         distance = torch.stack(self._distances).mean()
         self.loss = distance.detach()
         loss.mul_(1 - self.weight)
         loss.add_((distance * self.weight + self._between()) * _factor(trainer))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called with that done: a step may have several losses, or take its loss again."""
         self._forget()
+        self._listening = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after a batch, before validation."""
+        self._forget()
+        if not self._compared:
+            raise ConfigurationError(
+                f"training_step did not call {type(pl_module).__name__}'s quantized network with gradients, so "
+                f"Distillation has nothing to compare. Leave it out, or call the network in training_step."
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called once an epoch: log the last distance."""
@@ -128,14 +142,15 @@ class Distillation(Callback):
         """Take over the teacher of the run that is resumed."""
         self._saved = state_dict.get("teacher")
 
-    @torch.no_grad()
     def _ask_teacher(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Before the student: it may write over its input.
-        if self._listening and self._teacher is not None:
-            self._answer = self._teacher(*args, **kwargs)
+        if self._listening and self._teacher is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                self._answer = self._teacher(*copied(args), **copied(kwargs))
 
     def _compare(self, student: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._listening and torch.is_grad_enabled():
+            self._compared = True
             if self.loss_fn is not None:
                 self._distances.append(self.loss_fn(output, self._answer))
             else:
@@ -143,7 +158,7 @@ class Distillation(Callback):
 
     def _note_feature(self, network: nn.Module, name: str) -> Any:
         def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._listening:
+            if self._listening and (network is self._teacher or torch.is_grad_enabled()):
                 self._found.setdefault(name, {}).setdefault(id(network), []).append(output)
 
         return note
@@ -156,7 +171,7 @@ class Distillation(Callback):
             if len(outputs) != 2 or len(outputs[0]) != len(outputs[1]):
                 raise ConfigurationError(
                     f"The feature {name!r} was not seen in both networks. Name a layer that is called as such, a "
-                    f"convolution or a batch-norm: containers are no part of a quantized network's pass."
+                    f"convolution or a batch-norm: containers may be no part of a quantized network's pass."
                 )
             teacher, student = outputs  # the teacher is asked first
             distances += [feature_distance(s, t) for s, t in zip(student, teacher, strict=True)]

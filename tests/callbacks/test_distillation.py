@@ -143,19 +143,60 @@ def test_another_teacher_and_another_loss(make_trainer):
 def test_features_are_pulled_to_the_teachers(make_trainer):
     module, _ = fit(make_trainer, max_epochs=1, limit_train_batches=1)
     name = next(n for n, m in module.named_modules() if isinstance(m, torch.nn.BatchNorm2d))
-    feature = name.split(".", 1)[1] if name.startswith("network.") else name
     noted, plain = Gradients(), Gradients()
-    fit(make_trainer, Distillation(features=[feature], feature_weight=5.0), noted, max_epochs=1, limit_train_batches=1)
+    fit(make_trainer, Distillation(features=[name], feature_weight=5.0), noted, max_epochs=1, limit_train_batches=1)
     fit(make_trainer, Distillation(), plain, max_epochs=1, limit_train_batches=1)
     changed = {n for n in plain.seen[0] if not torch.equal(plain.seen[0][n], noted.seen[0][n])}
     assert f"{name}.weight" in changed
     assert not any(n.endswith("head.weight") for n in changed)
 
 
-@pytest.mark.parametrize("features", [["nothing"], ["blocks"]])
-def test_features_that_are_no_layers_are_said(make_trainer, features):
-    with pytest.raises(ConfigurationError, match=features[0]):
-        fit(make_trainer, Distillation(features=features), max_epochs=1)
+class Spare(Direct):
+    """A layer that no pass calls."""
+
+    def build(self):
+        super().build()
+        self.spare = torch.nn.BatchNorm2d(6)
+
+
+@pytest.mark.parametrize(("feature", "said"), [("nothing", "has no such layer"), ("spare", "not seen in both")])
+def test_features_that_are_not_seen_are_said(make_trainer, feature, said):
+    with pytest.raises(ConfigurationError, match=f"{feature}.*{said}"):
+        fit(make_trainer, Distillation(features=[feature]), module=Spare, max_epochs=1)
+
+
+class Twice(Inside):
+    """Manual optimization of two losses, the second of which has nothing to do with the network."""
+
+    def __init__(self, lr=0.05):
+        super().__init__(lr)
+        self.automatic_optimization = False
+        self.other = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.manual_backward(self.other.square())
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+class Idle(Inside):
+    """A step without the network."""
+
+    def training_step(self, batch, batch_idx):
+        return sum(p.sum() for p in self.parameters())
+
+
+def test_another_loss_of_the_step_is_left_alone(make_trainer):
+    noted = Gradients()
+    fit(make_trainer, Distillation(weight=0.9), noted, module=Twice, max_epochs=1, limit_train_batches=1)
+    assert noted.seen[0]["other"] == 2.0
+
+
+@pytest.mark.filterwarnings("ignore:.*did not run in training_step.*")
+def test_a_step_without_the_network_is_said(make_trainer):
+    with pytest.raises(ConfigurationError, match="nothing to compare"):
+        fit(make_trainer, Distillation(), module=Idle, max_epochs=1)
 
 
 def test_resumed_as_if_never_interrupted(make_trainer, tmp_path):

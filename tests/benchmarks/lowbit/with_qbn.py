@@ -57,7 +57,7 @@ def _method(job: Job) -> list[Callback]:
     }[job.method]()
 
 
-def run(job: Job, data: Data, folder: Path) -> dict[str, Any]:
+def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
     """Train, re-estimate, fold, export; accuracy before and after re-estimation and of the file."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -66,7 +66,6 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, Any]:
     loader: DataLoader[Any] = DataLoader(TensorDataset(*data.train), batch_sampler=order)
     with tempfile.TemporaryDirectory() as name:
         reestimation = qbn.BatchNormReestimation(num_batches=100)
-        tracking = [] if job.method != "plain" else [qbn.OscillationTracking()]
         trainer = Trainer(
             max_steps=job.steps,
             accelerator="cpu",
@@ -75,16 +74,14 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, Any]:
             default_root_dir=name,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[qbn.QuantizationAwareTraining(config_of(job)), *tracking, *_method(job), reestimation],
+            callbacks=[qbn.QuantizationAwareTraining(config_of(job)), *_method(job), reestimation],
         )
         trainer.fit(module, loader)
         module.eval()
-        found: dict[str, Any] = {"validation": accuracy(module, data.validation)}
-        held = {"test": data.test} if job.test else {}
-        found |= {key: accuracy(module, value) for key, value in held.items()}
+        measured = {"validation": data.validation} | ({"test": data.test} if job.test else {})
+        found = {key: accuracy(module, value) for key, value in measured.items()}
         assert reestimation.result is not None
         file = _exported(module, Path(name) / "model.onnx")
-        measured = {"validation": data.validation, **held}
         found |= {f"{key}_onnx": accuracy(file, value) for key, value in measured.items()}
         reestimation.result.undo()
         found |= {f"{key}_before": accuracy(module, value) for key, value in measured.items()}

@@ -27,6 +27,8 @@ def main() -> None:
     data = load_data(Path((folder / "data").read_text()))
     adapter = importlib.import_module(f"with_{tool}")
     for job in jobs:
+        if (folder / f"{job.name}.json").is_file():
+            continue
         start = time.perf_counter()
         torch.manual_seed(job.seed)
         try:
