@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_qbn.callbacks.oscillation import OscillationTracking as OscillationTracking
     from lightning_qbn.callbacks.oscillation import WeightFreezing as WeightFreezing
     from lightning_qbn.callbacks.quantization import QuantizationAwareTraining as QuantizationAwareTraining
+    from lightning_qbn.callbacks.recipe import FollowRecipe as FollowRecipe
+    from lightning_qbn.callbacks.recipe import recipe_callbacks as recipe_callbacks
     from lightning_qbn.callbacks.reestimation import BatchNormReestimation as BatchNormReestimation
     from lightning_qbn.callbacks.report import RunReport as RunReport
     from lightning_qbn.checkpoint import load_quantized as load_quantized
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_qbn.insertion import insert_quantizers as insert_quantizers
     from lightning_qbn.insertion import remove_quantizers as remove_quantizers
     from lightning_qbn.layers import integer_weights as integer_weights
+    from lightning_qbn.recipe import QATRecipe as QATRecipe
     from lightning_qbn.reestimation import reestimate_batch_norms as reestimate_batch_norms
     from lightning_qbn.schedule import QATSchedule as QATSchedule
     from lightning_qbn.sensitivity import weight_sensitivity as weight_sensitivity
@@ -53,6 +56,7 @@ _HOMES = {
     "callbacks.distillation": ("Distillation",),
     "callbacks.oscillation": ("OscillationDampening", "OscillationTracking", "WeightFreezing"),
     "callbacks.quantization": ("QuantizationAwareTraining",),
+    "callbacks.recipe": ("FollowRecipe", "recipe_callbacks"),
     "callbacks.reestimation": ("BatchNormReestimation",),
     "callbacks.report": ("RunReport",),
     "checkpoint": ("load_quantized",),
@@ -78,6 +82,7 @@ _HOMES = {
     "forward_folding": ("fold_batch_norms_forward",),
     "insertion": ("InsertionReport", "insert_quantizers", "remove_quantizers"),
     "layers": ("integer_weights",),
+    "recipe": ("QATRecipe",),
     "reestimation": ("reestimate_batch_norms",),
     "schedule": ("QATSchedule",),
     "sensitivity": ("weight_sensitivity",),

@@ -19,16 +19,18 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_qbn import __version__
+from lightning_qbn import __version__, derived
 from lightning_qbn.callbacks.batches import evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
+from lightning_qbn.callbacks.recipe import FollowRecipe
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.callbacks.report import RunReport
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import atomic, check_writable
 from lightning_qbn.insertion import insert_quantizers
+from lightning_qbn.recipe import QATRecipe
 
 # What of the trainer's settings changes no weight of the float network.
 _COSMETIC = {
@@ -55,7 +57,10 @@ def run(cfg: DictConfig) -> float | None:
     check_writable(cfg.paths.output_dir, ConfigurationError)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    recipe = derived.fill(cfg)
     callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
+    if recipe is not None:
+        derived.insert(recipe, callbacks)
     data: LightningDataModule = instantiate(cfg.data)
     _rehearse(cfg, callbacks)
     resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in load_file(cfg.ckpt_path)
@@ -64,7 +69,7 @@ def run(cfg: DictConfig) -> float | None:
     if report is not None:
         report.context["config"] = OmegaConf.to_container(cfg, resolve=True)
         if weights is not None and cfg.qat.control:
-            report.context["control"] = _control(cfg, data, weights)
+            report.context["control"] = _control(cfg, data, weights, recipe)
     _say(f"Quantization-aware training, {cfg.qat.epochs} epochs")
     module = _module(cfg, cfg.qat, weights)
     logger: Logger | bool = instantiate(cfg.logger) if cfg.get("logger") else False
@@ -166,12 +171,13 @@ def float_key(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _control(cfg: DictConfig, data: LightningDataModule, weights: Path) -> dict[str, float]:
+def _control(cfg: DictConfig, data: LightningDataModule, weights: Path, recipe: QATRecipe | None) -> dict[str, float]:
     """Accuracy of the float network after as many steps of the same training, before and after re-estimation."""
     _say(f"Float control, {cfg.qat.epochs} epochs")
     module = _module(cfg, cfg.qat, weights)
     reestimation = BatchNormReestimation(cfg.reestimation.num_batches, cfg.reestimation.mode, seed=cfg.seed)
-    trainer = _plain_trainer(cfg, cfg.qat.epochs, [reestimation])
+    followed = [] if recipe is None else [FollowRecipe(recipe, show=False)]
+    trainer = _plain_trainer(cfg, cfg.qat.epochs, [*followed, reestimation])
     trainer.fit(module, datamodule=data)
     _, loader = evaluation_loader(trainer, module)
     metric = instantiate(cfg.model.metric)

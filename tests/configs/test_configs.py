@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_qbn import ConfigurationError, derived
 from lightning_qbn.experiment import float_key, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -61,6 +62,49 @@ def test_distillation_and_averaging_are_callbacks_before_reestimation(tmp_path):
         assert type(instantiate(cfg.callbacks[name])).__name__ == kind
 
 
+@pytest.mark.parametrize(
+    ("bits", "lr", "kinds"), [(2, 5e-4, ["FollowRecipe", "WeightFreezing"]), (8, 5e-5, ["FollowRecipe"])]
+)
+def test_a_recipe_fills_in_what_is_left_open(tmp_path, bits, lr, kinds):
+    cfg = composed(tmp_path, "qat=recipe", f"quantization.weight_bits={bits}", "quantization.activation_bits=8")
+    recipe = derived.fill(cfg)
+    assert cfg.qat.lr == recipe.lr == pytest.approx(lr)  # 10 % or 1 % of Adam's 0.005
+    assert cfg.trainer.max_epochs == cfg.qat.epochs == recipe.epochs == {2: 6, 8: 3}[bits]  # of 30
+    callbacks = [instantiate(cfg.callbacks.quantization), instantiate(cfg.callbacks.reestimation)]
+    derived.insert(recipe, callbacks)
+    assert [type(callback).__name__ for callback in callbacks[1:-1]] == kinds
+
+
+def test_what_is_set_stands_above_the_recipe(tmp_path):
+    cfg = composed(tmp_path, "qat=recipe", "qat.epochs=2", "qat.lr=0.1", "oscillation=dampening")
+    recipe = derived.fill(cfg)
+    assert (recipe.epochs, recipe.lr) == (2, 0.1)
+    callbacks = [instantiate(cfg.callbacks.quantization), instantiate(cfg.callbacks.oscillation)]
+    derived.insert(recipe, callbacks)
+    kinds = [type(callback).__name__ for callback in callbacks]
+    assert kinds == ["QuantizationAwareTraining", "FollowRecipe", "OscillationDampening"]
+
+
+def test_a_recipe_needs_the_rate_of_float_training(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"model\.optimizer\.lr"):
+        derived.fill(composed(tmp_path, "qat=recipe", "~model.optimizer.lr"))
+
+
+def test_without_a_recipe_nothing_is_filled_in(tmp_path):
+    assert derived.fill(composed(tmp_path)) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
+def test_a_run_with_a_recipe_trains_and_prints_it(tmp_path, capsys):
+    quick = ["debug=steps", "trainer.enable_progress_bar=false", "callbacks.progress=null"]
+    run(composed(tmp_path, "qat=recipe", *quick))
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["config"]["qat"]["lr"] == pytest.approx(5e-4)
+    assert "control" in report
+    assert capsys.readouterr().out.count("Esser") >= 1
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
 @pytest.mark.parametrize(
@@ -87,7 +131,7 @@ def test_experiment_runs_two_steps(experiment, tmp_path, capsys):
     assert "ONNX in onnxruntime" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("group", ["data", "model", "trainer", "logger", "callbacks", "debug"])
+@pytest.mark.parametrize("group", ["data", "model", "qat", "trainer", "logger", "callbacks", "debug"])
 def test_every_choice_of_a_group_composes(group, tmp_path):
     for name in names(group):
         cfg = composed(tmp_path, f"{group}={name}")

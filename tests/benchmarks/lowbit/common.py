@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 _ROOT = Path(__file__).resolve().parents[3]
 BATCH_SIZE = 64
+PEAK = 0.005  # learning rate of Adam, for the float training
+FLOAT_EPOCHS = 10
 _HELD_OUT = 5_000  # of the 60,000 training images, for choosing learning rates
 
 
@@ -135,6 +137,13 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.o
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def documented_schedule(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up and cosine, but a constant rate where a job follows the documentation of its tool."""
+    if job.method == "documented":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return warmup_cosine(optimizer, job.steps)
 
 
 @torch.no_grad()

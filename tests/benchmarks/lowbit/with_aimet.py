@@ -9,7 +9,7 @@ from aimet_torch import QuantizationSimModel
 from aimet_torch.batch_norm_fold import fold_all_batch_norms_to_scale
 from aimet_torch.bn_reestimation import reestimate_bn_stats
 from aimet_torch.model_preparer import prepare_model
-from common import BATCH_SIZE, Data, Job, accuracy, batches, load_float, train, warmup_cosine
+from common import BATCH_SIZE, Data, Job, accuracy, batches, documented_schedule, load_float, train
 
 
 def _flattened(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -43,7 +43,7 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
     sim.compute_encodings(lambda m: [m(images) for images in calibration])
     found = {"validation_calibrated": accuracy(model.eval(), data.validation)}
     optimizer = torch.optim.SGD(model.parameters(), job.lr, momentum=0.9)
-    train(model.train(), optimizer, warmup_cosine(optimizer, job.steps), batches(data.train, job.seed, job.steps))
+    train(model.train(), optimizer, documented_schedule(job, optimizer), batches(data.train, job.seed, job.steps))
     model.eval()
     measured = {"validation": data.validation} | ({"test": data.test} if job.test else {})
     found |= {f"{key}_before": accuracy(model, value) for key, value in measured.items()}

@@ -12,7 +12,7 @@ from brevitas.graph.calibrate import calibration_mode, norm_correction_mode
 from brevitas.graph.quantize import preprocess_for_quantize, quantize
 from brevitas.inject.enum import ScalingImplType
 from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
-from common import Data, Job, accuracy, batches, load_float, train, warmup_cosine
+from common import Data, Job, accuracy, batches, documented_schedule, load_float, train
 from torch import nn
 
 
@@ -51,7 +51,7 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
     measured = {"validation": data.validation} | ({"test": data.test} if job.test else {})
     found = {"validation_calibrated": accuracy(model.eval(), data.validation)}
     optimizer = torch.optim.SGD(model.parameters(), job.lr, momentum=0.9)
-    scheduler = warmup_cosine(optimizer, job.steps)
+    scheduler = documented_schedule(job, optimizer)
     train(model.train(), optimizer, scheduler, batches(data.train, job.seed, job.steps))
     found |= {f"{key}_before": accuracy(model.eval(), value) for key, value in measured.items()}
     with torch.no_grad(), norm_correction_mode(model.eval()):

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from common import Data, Job, accuracy, batches, build, load_float, train, warmup_cosine
-
-_PEAK = 0.005  # of Adam, for the float training
+from common import PEAK, Data, Job, accuracy, batches, build, load_float, train, warmup_cosine
 
 
 def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
     """Train from the start (method ``start``), or go on from there."""
     if job.method == "start":
         network = build(job.network)
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), _PEAK)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), PEAK)
         scheduler = warmup_cosine(optimizer, job.steps)
     else:
         network = load_float(job.network, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BATCH_SIZE, Data, Job, accuracy, indices, load_float, warmup_cosine
+from common import BATCH_SIZE, FLOAT_EPOCHS, PEAK, Data, Job, accuracy, indices, load_float, warmup_cosine
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_qbn as qbn
 from lightning_qbn.export.loaded import ExportedFile
 
-_OVERRIDES = {"stem": {"weight_bits": 8}, "head": {"weight_bits": 8, "activation_bits": 8}}  # with all tools
+# With all tools: 8 bits for the first and the last layer, the image and the logits.
+_OVERRIDES = {
+    "x": {"activation_bits": 8},
+    "stem": {"weight_bits": 8},
+    "head": {"weight_bits": 8, "activation_bits": 8},
+}
 
 
 class _Module(LightningModule):
@@ -35,6 +40,8 @@ class _Module(LightningModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
+        if self.job.method == "recipe":  # as in float training: the callback sets its rate
+            return torch.optim.Adam(self.parameters(), PEAK)
         optimizer = torch.optim.SGD(self.parameters(), self.job.lr, momentum=0.9)
         scheduler = warmup_cosine(optimizer, self.job.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -49,11 +56,17 @@ def config_of(job: Job) -> qbn.QuantizationConfig:
     )
 
 
+def _recipe(job: Job) -> qbn.QATRecipe:
+    return qbn.QATRecipe.from_float(config_of(job), FLOAT_EPOCHS, PEAK)
+
+
 def _method(job: Job) -> list[Callback]:
     return {
         "plain": list[Callback],
         "dampening": lambda: [qbn.OscillationDampening()],
         "freezing": lambda: [qbn.WeightFreezing()],
+        "distillation": lambda: [qbn.Distillation()],
+        "recipe": lambda: qbn.recipe_callbacks(_recipe(job), show=False),
     }[job.method]()
 
 

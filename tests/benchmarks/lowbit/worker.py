@@ -22,24 +22,25 @@ from common import Job, load_data
 def main() -> None:
     """Every job in turn; one that fails leaves its traceback and does not stop the others."""
     tool, folder = sys.argv[1], Path(sys.argv[2])
+    results = folder / "results"
     jobs = [Job(**entry) for entry in json.loads(Path(sys.argv[3]).read_text())]
     torch.set_num_threads(1)
     data = load_data(Path((folder / "data").read_text()))
     adapter = importlib.import_module(f"with_{tool}")
     for job in jobs:
-        if (folder / f"{job.name}.json").is_file():
+        if (results / f"{job.name}.json").is_file():
             continue
         start = time.perf_counter()
         torch.manual_seed(job.seed)
         try:
             result = adapter.run(job, data, folder)
         except Exception:  # noqa: BLE001  whatever a tool raises
-            (folder / f"{job.name}.error").write_text(traceback.format_exc())
+            (results / f"{job.name}.error").write_text(traceback.format_exc())
             continue
         found = json.dumps({**vars(job), **result, "seconds": time.perf_counter() - start}, indent=1)
-        temporary = folder / f"{job.name}.part"
+        temporary = results / f"{job.name}.part"
         temporary.write_text(found)
-        temporary.replace(folder / f"{job.name}.json")
+        temporary.replace(results / f"{job.name}.json")
         print(f"{job.name} {result}", flush=True)
 
 
