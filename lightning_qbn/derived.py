@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_qbn.callbacks.oscillation import OscillationDampening, OscillationTracking, WeightFreezing
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
@@ -20,15 +20,23 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     """Put the recipe's values where ``qat`` has null; None where the configuration follows no recipe.
 
     Raises:
-        ConfigurationError: the float training names no learning rate to go by.
+        ConfigurationError: the float training names no learning rate to go by; or there is no recipe, and something is
+            not set that it would give.
     """
+    given = {key: value for key, value in cfg.qat.optimizer.items() if value is not None}
     if not cfg.qat.get("recipe"):
+        if cfg.qat.epochs is None or "_target_" not in given:
+            raise ConfigurationError(
+                "Without a recipe qat.epochs and qat.optimizer._target_ have to be set. qat=short has both."
+            )
+        with open_dict(cfg):
+            cfg.qat.optimizer = given  # null was what a recipe would fill in
         return None
     trained: Any = cfg.model.optimizer
     if trained.get("lr") is None:
         raise ConfigurationError(
             "The recipe goes by the learning rate of float training, and model.optimizer.lr is not set. Set it, or "
-            "take settings of your own: qat=default."
+            "take settings of your own: qat=short."
         )
     recipe = QATRecipe.from_float(
         instantiate(cfg.quantization),
@@ -37,10 +45,18 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
         cfg.qat.recipe.last_lr,
         trained.get("weight_decay") or 0.0,
     )
-    for name in ("epochs", "lr", "weight_decay"):
-        if cfg.qat[name] is None:
-            cfg.qat[name] = getattr(recipe, name)
-    return dataclasses.replace(recipe, epochs=cfg.qat.epochs, lr=cfg.qat.lr, weight_decay=cfg.qat.weight_decay)
+    recipe = dataclasses.replace(
+        recipe,
+        epochs=recipe.epochs if cfg.qat.epochs is None else cfg.qat.epochs,
+        lr=given.get("lr", recipe.lr),
+        weight_decay=given.get("weight_decay", recipe.weight_decay),
+    )
+    cfg.qat.epochs = recipe.epochs
+    derived = {"lr": recipe.lr} | ({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {})
+    base = {} if "_target_" in given else trained
+    with open_dict(cfg):
+        cfg.qat.optimizer = OmegaConf.merge(base, given, derived)
+    return recipe
 
 
 def insert(recipe: QATRecipe, callbacks: list[Callback]) -> None:

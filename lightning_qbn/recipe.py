@@ -16,10 +16,11 @@ from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.schedule import QATSchedule
 
-_LSQ = "Esser et al., Learned Step Size Quantization, ICLR 2020, section 3"
-_WU = "Wu et al., Integer Quantization for Deep Learning Inference, 2020"
-_NAGEL = "Nagel et al., Overcoming Oscillations in QAT, ICML 2022"
-_GUIDE = "AIMET's guide to quantization-aware training"
+# As in the table; the docstring of `QATRecipe` names them in full.
+_LSQ = "LSQ, 3"
+_WU = "Wu et al."
+_NAGEL = "Nagel et al."
+_GUIDE = "AIMET's guide"
 _BETWEEN = "between the two"
 
 
@@ -37,7 +38,10 @@ class Rule:
 class QATRecipe:
     """Settings of quantization-aware training that follow from the float training and the bits.
 
-    Make one with `from_float`, and follow it with `FollowRecipe`.
+    Make one with `from_float`, and follow it with `recipe_callbacks`. Sources: Esser et al., "Learned Step Size
+    Quantization" (LSQ), ICLR 2020; Wu et al., "Integer Quantization for Deep Learning Inference", 2020; Nagel et al.,
+    "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, and its reference code; AIMET's guide to
+    quantization-aware training.
 
     Args:
         bits: the fewest of weights and activations, which the rules go by.
@@ -97,10 +101,8 @@ class QATRecipe:
             Rule("peak learning rate", f"{rate[0]:.3g}", *rate[1:]),
             Rule("schedule", "warm-up 5 %, cosine to 0", "the last steps move no integer", f"{_LSQ}; {_WU}"),
             Rule("weight decay", f"{decay[0]:.3g}", *decay[1:]),
-            Rule("batch-norm momentum", "at least 0.1", "integers jump; re-estimated at the end", f"{_NAGEL}, 4.1"),
-            Rule(
-                "augmentation", "crops and flips", "no mixing of images, no smoothing of labels", "its reference code"
-            ),
+            Rule("batch-norm momentum", "at least 0.1", "integers jump; re-estimated in the end", f"{_NAGEL}, 4.1"),
+            Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{_NAGEL}, code"),
             _weight_rule(bits),
             _range_rule(frozen_at),
         )
@@ -171,18 +173,18 @@ def _rate(bits: int, peak: float, last: float | None) -> tuple[float, str, str]:
         return 0.01 * peak, f"1 % of the float peak, {peak:g}", f"{_WU}; {_LSQ}"
     if bits >= 5:
         return 0.03 * peak, f"3 % of the float peak, {peak:g}", _BETWEEN
-    return 0.1 * peak, f"10 % of the float peak, {peak:g}: integers have a long way to go", _LSQ
+    return 0.1 * peak, f"10 % of the float peak, {peak:g}", _LSQ
 
 
 def _decay(bits: int, decay: float) -> tuple[float, str, str]:
     share = {2: 0.25, 3: 0.5}.get(bits, 1.0)
-    return share * decay, f"{share:g} of that of float training, {decay:g}: few integers need little", _LSQ
+    return share * decay, f"{share:g} of the float one, {decay:g}", _LSQ
 
 
 def _weight_rule(bits: int) -> Rule:
     if bits <= 4:
         return Rule("weights", "oscillating ones freeze", "from a quarter of the steps on", f"{_NAGEL}, 4.3")
-    return Rule("weights", "free", "steps are small enough that oscillations do no harm", f"{_NAGEL}, 5")
+    return Rule("weights", "free", "steps are small: oscillations do no harm", f"{_NAGEL}, 5")
 
 
 def _range_rule(frozen_at: int | None) -> Rule:

@@ -71,7 +71,7 @@ def test_rules_are_printed_with_their_values_and_sources():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(recipe(weight_decay=1e-4).table())
     text = console.export_text()
-    for expected in ("18", "0.01", "0.0001", "oscillating ones freeze", "Esser", "Nagel", "cosine"):
+    for expected in ("18", "0.01", "0.0001", "oscillating ones freeze", "LSQ", "Nagel", "cosine"):
         assert expected in text
     assert all(rule.reason and rule.source for rule in recipe().rules)
 

@@ -21,16 +21,16 @@ def cli(directory: Path, *overrides: str, check: bool = True) -> subprocess.Comp
 
 
 @pytest.fixture(scope="module")
-def default_run(tmp_path_factory) -> tuple[Path, str]:
-    """The default run, whole: folder of the run and what was printed."""
-    directory = tmp_path_factory.mktemp("default")
-    done = cli(directory)
+def short_run(tmp_path_factory) -> tuple[Path, str]:
+    """The demonstration, whole: folder of the run and what was printed."""
+    directory = tmp_path_factory.mktemp("short")
+    done = cli(directory, "qat=short")
     (run,) = directory.glob("logs/runs/*/*")
     return run, done.stdout
 
 
-def test_default_run_shows_what_the_method_is_for(default_run):
-    report = json.loads((default_run[0] / "report.json").read_text())
+def test_short_run_shows_what_the_method_is_for(short_run):
+    report = json.loads((short_run[0] / "report.json").read_text())
     accuracy, control = report["accuracy"], report["control"]
     assert accuracy["float"] > 0.96
     assert accuracy["after_reestimation"] > 0.92
@@ -42,8 +42,19 @@ def test_default_run_shows_what_the_method_is_for(default_run):
     assert abs(control["after_reestimation"] - control["accuracy"]) < 0.03
 
 
-def test_default_run_writes_its_folder(default_run):
-    run, _ = default_run
+@pytest.mark.slow
+def test_default_run_follows_the_recipe_to_a_better_network(tmp_path):
+    done = cli(tmp_path)
+    (path,) = tmp_path.glob("logs/runs/*/*/report.json")
+    report = json.loads(path.read_text())
+    assert report["config"]["qat"]["epochs"] == 6
+    assert "LSQ" in done.stdout
+    assert report["accuracy"]["after_reestimation"] > 0.93
+    assert report["accuracy"]["onnx"] == pytest.approx(report["accuracy"]["folded"], abs=0.01)
+
+
+def test_short_run_writes_its_folder(short_run):
+    run, _ = short_run
     for name in ("report.json", "report.html", "model.onnx", "model.encodings.json", "checkpoints/last.ckpt"):
         assert (run / name).stat().st_size > 0
     report = json.loads((run / "report.json").read_text())
@@ -56,22 +67,22 @@ def test_default_run_writes_its_folder(default_run):
     assert report["sizes"]["onnx"] < report["sizes"]["float"]
 
 
-def test_default_run_prints_progress_and_one_table(default_run):
-    _, printed = default_run
+def test_short_run_prints_progress_and_one_table(short_run):
+    _, printed = short_run
     assert printed.count("ONNX in onnxruntime") == 1
     for text in ("Re-estimating batch-norm", "before re-estimation", "after re-estimation", "folded", "KiB", "LSB"):
         assert text in printed
     assert printed.index("Re-estimating") < printed.index("float control, as many steps")
 
 
-def test_file_holds_the_trained_integers(default_run):
+def test_file_holds_the_trained_integers(short_run):
     import onnx
 
     from lightning_qbn import fold_batch_norms, integer_weights, load_quantized
     from lightning_qbn.demo.module import Classifier
     from lightning_qbn.demo.networks import MobileNet
 
-    run, _ = default_run
+    run, _ = short_run
     module = load_quantized(Classifier, run / "checkpoints/reestimated.ckpt", network=MobileNet())
     integers = integer_weights(fold_batch_norms(module.network))
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(run / "model.onnx").graph.initializer}

@@ -125,7 +125,7 @@ def test_with_the_whole_suite(make_trainer):
 
 def test_its_rules_are_printed(make_trainer, capsys):
     fit(make_trainer, show=True, max_epochs=1)
-    assert "Esser" in capsys.readouterr().out
+    assert "LSQ" in capsys.readouterr().out
 
 
 def test_training_by_hand_is_refused(make_trainer):

@@ -66,9 +66,9 @@ def test_distillation_and_averaging_are_callbacks_before_reestimation(tmp_path):
     ("bits", "lr", "kinds"), [(2, 5e-4, ["FollowRecipe", "WeightFreezing"]), (8, 5e-5, ["FollowRecipe"])]
 )
 def test_a_recipe_fills_in_what_is_left_open(tmp_path, bits, lr, kinds):
-    cfg = composed(tmp_path, "qat=recipe", f"quantization.weight_bits={bits}", "quantization.activation_bits=8")
+    cfg = composed(tmp_path, f"quantization.weight_bits={bits}", "quantization.activation_bits=8")
     recipe = derived.fill(cfg)
-    assert cfg.qat.lr == recipe.lr == pytest.approx(lr)  # 10 % or 1 % of Adam's 0.005
+    assert cfg.qat.optimizer.lr == recipe.lr == pytest.approx(lr)  # 10 % or 1 % of Adam's 0.005
     assert cfg.trainer.max_epochs == cfg.qat.epochs == recipe.epochs == {2: 6, 8: 3}[bits]  # of 30
     callbacks = [instantiate(cfg.callbacks.quantization), instantiate(cfg.callbacks.reestimation)]
     derived.insert(recipe, callbacks)
@@ -76,9 +76,12 @@ def test_a_recipe_fills_in_what_is_left_open(tmp_path, bits, lr, kinds):
 
 
 def test_what_is_set_stands_above_the_recipe(tmp_path):
-    cfg = composed(tmp_path, "qat=recipe", "qat.epochs=2", "qat.lr=0.1", "oscillation=dampening")
+    cfg = composed(
+        tmp_path, "qat.epochs=2", "qat.optimizer.lr=0.1", "qat.optimizer.weight_decay=0.02", "oscillation=dampening"
+    )
     recipe = derived.fill(cfg)
-    assert (recipe.epochs, recipe.lr) == (2, 0.1)
+    assert (recipe.epochs, recipe.lr, recipe.weight_decay) == (2, 0.1, 0.02)
+    assert cfg.qat.optimizer == {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1, "weight_decay": 0.02}
     callbacks = [instantiate(cfg.callbacks.quantization), instantiate(cfg.callbacks.oscillation)]
     derived.insert(recipe, callbacks)
     kinds = [type(callback).__name__ for callback in callbacks]
@@ -87,22 +90,36 @@ def test_what_is_set_stands_above_the_recipe(tmp_path):
 
 def test_a_recipe_needs_the_rate_of_float_training(tmp_path):
     with pytest.raises(ConfigurationError, match=r"model\.optimizer\.lr"):
-        derived.fill(composed(tmp_path, "qat=recipe", "~model.optimizer.lr"))
+        derived.fill(composed(tmp_path, "~model.optimizer.lr"))
 
 
 def test_without_a_recipe_nothing_is_filled_in(tmp_path):
-    assert derived.fill(composed(tmp_path)) is None
+    cfg = composed(tmp_path, "qat=short", "qat.optimizer.lr=0.02")
+    assert derived.fill(cfg) is None
+    assert cfg.qat.epochs == 2
+    assert cfg.qat.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.02, "momentum": 0.9}
+
+
+def test_without_a_recipe_everything_has_to_be_set(tmp_path):
+    with pytest.raises(ConfigurationError, match="qat=short has both"):
+        derived.fill(composed(tmp_path, "qat.recipe=null"))
+
+
+def test_an_optimizer_of_ones_own_gets_the_rate(tmp_path):
+    cfg = composed(tmp_path, "qat.optimizer._target_=torch.optim.SGD", "+qat.optimizer.momentum=0.9")
+    derived.fill(cfg)
+    assert cfg.qat.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "momentum": 0.9, "lr": 5e-4}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*")
 def test_a_run_with_a_recipe_trains_and_prints_it(tmp_path, capsys):
     quick = ["debug=steps", "trainer.enable_progress_bar=false", "callbacks.progress=null"]
-    run(composed(tmp_path, "qat=recipe", *quick))
+    run(composed(tmp_path, *quick))
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["config"]["qat"]["lr"] == pytest.approx(5e-4)
+    assert report["config"]["qat"]["optimizer"]["lr"] == pytest.approx(5e-4)
     assert "control" in report
-    assert capsys.readouterr().out.count("Esser") >= 1
+    assert capsys.readouterr().out.count("LSQ") >= 1
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
