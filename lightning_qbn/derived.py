@@ -9,9 +9,9 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_qbn.callbacks.oscillation import OscillationDampening, OscillationTracking, WeightFreezing
+from lightning_qbn.callbacks.oscillation import OscillationDampening, OscillationTracking
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
-from lightning_qbn.callbacks.recipe import FollowRecipe
+from lightning_qbn.callbacks.recipe import recipe_callbacks
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.recipe import QATRecipe
 
@@ -32,6 +32,10 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
         with open_dict(cfg):
             cfg.qat.optimizer = given  # null was what a recipe would fill in
         return None
+    if cfg.qat.scheduler is not None:
+        raise ConfigurationError(
+            "qat.scheduler is set, and the recipe has a schedule of its own. Take one away: qat=short has no recipe."
+        )
     trained: Any = cfg.model.optimizer
     if trained.get("lr") is None:
         raise ConfigurationError(
@@ -45,13 +49,11 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
         cfg.qat.recipe.last_lr,
         trained.get("weight_decay") or 0.0,
     )
-    recipe = dataclasses.replace(
-        recipe,
-        epochs=recipe.epochs if cfg.qat.epochs is None else cfg.qat.epochs,
-        lr=given.get("lr", recipe.lr),
-        weight_decay=given.get("weight_decay", recipe.weight_decay),
-    )
+    own = {key: given[key] for key in ("lr", "weight_decay") if key in given}
+    recipe = recipe.changed(**own, **({} if cfg.qat.epochs is None else {"epochs": cfg.qat.epochs}))
     cfg.qat.epochs = recipe.epochs
+    if cfg.qat.schedule.freeze_observers_at is None:
+        cfg.qat.schedule.freeze_observers_at = recipe.schedule.freeze_observers_at
     derived = {"lr": recipe.lr} | ({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {})
     base = {} if "_target_" in given else trained
     with open_dict(cfg):
@@ -65,7 +67,6 @@ def insert(recipe: QATRecipe, callbacks: list[Callback]) -> None:
     if at is None:
         return
     chosen = any(isinstance(callback, OscillationTracking | OscillationDampening) for callback in callbacks)
-    added: list[Callback] = [FollowRecipe(recipe)]
-    if recipe.freeze_weights and not chosen:
-        added.append(WeightFreezing())
-    callbacks[at + 1 : at + 1] = added
+    if chosen:
+        recipe = dataclasses.replace(recipe, freeze_weights=False)
+    callbacks[at + 1 : at + 1] = recipe_callbacks(recipe)

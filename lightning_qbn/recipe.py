@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -15,6 +15,7 @@ from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.operations import BatchNorm
 from lightning_qbn.schedule import QATSchedule
+from lightning_qbn.warmup import WARMUP
 
 # As in the table; the docstring of `QATRecipe` names them in full.
 _LSQ = "LSQ, 3"
@@ -22,6 +23,7 @@ _WU = "Wu et al."
 _NAGEL = "Nagel et al."
 _GUIDE = "AIMET's guide"
 _BETWEEN = "between the two"
+_MOMENTUM = 0.1  # the least of batch-norms, while they train
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,18 @@ class QATRecipe:
         epochs: of quantization-aware training.
         lr: peak learning rate, of the optimizer that the float network was trained with.
         weight_decay: of that optimizer.
-        warmup: share of the steps over which the rate rises to its peak; then it falls as a cosine to 0.
-        batch_norm_momentum: the least of batch-norms, while they train.
         freeze_weights: whether oscillating weights are frozen (`WeightFreezing`).
-        schedule: when ranges stop moving.
-        rules: all of it as it is printed.
+        freeze_observers: whether ranges are observed, and stop before the end.
+        reasons: of epochs, lr and weight_decay: why, and by which source.
     """
 
     bits: int
     epochs: int
     lr: float
     weight_decay: float
-    warmup: float
-    batch_norm_momentum: float
     freeze_weights: bool
-    schedule: QATSchedule
-    rules: tuple[Rule, ...]
+    freeze_observers: bool
+    reasons: Mapping[str, tuple[str, str]]
 
     @classmethod
     def from_float(
@@ -93,21 +91,35 @@ class QATRecipe:
         config = as_config(config)
         _check(epochs, peak_lr, last_lr, weight_decay)
         bits = min(config.weight_bits, config.activation_bits or config.weight_bits)
-        length, rate = _length(bits, epochs), _rate(bits, peak_lr, last_lr)
-        decay = _decay(bits, weight_decay)
-        frozen_at = math.ceil(length[0] * 3 / 4) if config.scale == "observed" else None
-        rules = (
-            Rule("epochs", str(length[0]), *length[1:]),
-            Rule("peak learning rate", f"{rate[0]:.3g}", *rate[1:]),
-            Rule("schedule", "warm-up 5 %, cosine to 0", "the last steps move no integer", f"{_LSQ}; {_WU}"),
-            Rule("weight decay", f"{decay[0]:.3g}", *decay[1:]),
-            Rule("batch-norm momentum", "at least 0.1", "integers jump; re-estimated in the end", f"{_NAGEL}, 4.1"),
+        length, why_length = _length(bits, epochs)
+        rate, why_rate = _rate(bits, peak_lr, last_lr)
+        decay, why_decay = _decay(bits, weight_decay)
+        reasons = {"epochs": why_length, "lr": why_rate, "weight_decay": why_decay}
+        return cls(bits, length, rate, decay, bits <= 4, config.scale == "observed", reasons)
+
+    def changed(self, **settings: Any) -> QATRecipe:
+        """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which."""
+        reasons = {**self.reasons, **dict.fromkeys(settings, ("set by you", "-"))}
+        return dataclasses.replace(self, reasons=reasons, **settings)
+
+    @property
+    def schedule(self) -> QATSchedule:
+        """For `QuantizationAwareTraining`: when observed ranges stop moving."""
+        return QATSchedule(freeze_observers_at=math.ceil(self.epochs * 3 / 4) if self.freeze_observers else None)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All of it, each setting with its reason."""
+        return (
+            Rule("epochs", str(self.epochs), *self.reasons["epochs"]),
+            Rule("peak learning rate", f"{self.lr:.3g}", *self.reasons["lr"]),
+            Rule("schedule", f"warm-up {WARMUP:.0%}, cosine to 0", "integers settle", f"{_LSQ}; {_WU}"),
+            Rule("weight decay", f"{self.weight_decay:.3g}", *self.reasons["weight_decay"]),
+            Rule("batch-norm momentum", f"at least {_MOMENTUM:g}", "integers jump; re-estimated in the end", _NAGEL),
             Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{_NAGEL}, code"),
-            _weight_rule(bits),
-            _range_rule(frozen_at),
+            _weight_rule(self.freeze_weights),
+            _range_rule(self.schedule.freeze_observers_at),
         )
-        schedule = QATSchedule(freeze_observers_at=frozen_at)
-        return cls(bits, length[0], rate[0], decay[0], 0.05, 0.1, bits <= 4, schedule, rules)
 
     def table(self) -> Table:
         """The rules, for rich."""
@@ -122,7 +134,7 @@ class QATRecipe:
         """Raise the momentum of batch-norms; those that average over all batches (None) stay."""
         for module in network.modules():
             if isinstance(module, BatchNorm) and module.momentum is not None:
-                module.momentum = max(module.momentum, self.batch_norm_momentum)
+                module.momentum = max(module.momentum, _MOMENTUM)
 
     def set_rates(self, groups: Iterable[dict[str, Any]], kept: Iterable[dict[str, Any]] = ()) -> None:
         """Give an optimizer's groups the peak rate, in the proportions that they have, and the weight decay.
@@ -141,50 +153,38 @@ class QATRecipe:
                 group["weight_decay"] = self.weight_decay
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup: float = 0.05
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear rise over a share ``warmup`` of the steps, then a cosine to 0; stepped after every optimizer step."""
-    rising = max(1, int(warmup * total_steps))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        left = total_steps - step
-        return 0.5 * (1 - math.cos(math.pi * left / (total_steps - rising))) if left > 0 else 0.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _length(bits: int, epochs: int) -> tuple[int, str, str]:
+def _length(bits: int, epochs: int) -> tuple[int, tuple[str, str]]:
     if bits >= 8:
         share, source = 0.1, _WU
     elif bits >= 5:
         share, source = 0.15, _BETWEEN
     else:
-        share, source = 0.2, f"{_GUIDE}: 15 to 20; {_NAGEL}, 5: 20"
-    return max(1, math.ceil(round(share * epochs, 6))), f"{share:.0%} of the {epochs} of float training", source
+        share, source = 0.2, f"{_GUIDE}: 15 to 20; {_NAGEL}: 20"
+    length = max(1, math.ceil(round(share * epochs, 6)))
+    return length, (f"{share:.0%} of the {epochs} of float training", source)
 
 
-def _rate(bits: int, peak: float, last: float | None) -> tuple[float, str, str]:
+def _rate(bits: int, peak: float, last: float | None) -> tuple[float, tuple[str, str]]:
+    if bits >= 8 and last:
+        return last, ("the last one of float training", _GUIDE)
     if bits >= 8:
-        if last:
-            return last, "the last one of float training", _GUIDE
-        return 0.01 * peak, f"1 % of the float peak, {peak:g}", f"{_WU}; {_LSQ}"
-    if bits >= 5:
-        return 0.03 * peak, f"3 % of the float peak, {peak:g}", _BETWEEN
-    return 0.1 * peak, f"10 % of the float peak, {peak:g}", _LSQ
+        share, source = 0.01, f"{_WU}; {_LSQ}"
+    elif bits >= 5:
+        share, source = 0.03, _BETWEEN
+    else:
+        share, source = 0.1, _LSQ
+    return share * peak, (f"{share:.0%} of the float peak, {peak:g}", source)
 
 
-def _decay(bits: int, decay: float) -> tuple[float, str, str]:
+def _decay(bits: int, decay: float) -> tuple[float, tuple[str, str]]:
     share = {2: 0.25, 3: 0.5}.get(bits, 1.0)
-    return share * decay, f"{share:g} of the float one, {decay:g}", _LSQ
+    return share * decay, (f"{share:g} of the float one, {decay:g}", _LSQ)
 
 
-def _weight_rule(bits: int) -> Rule:
-    if bits <= 4:
+def _weight_rule(freeze: bool) -> Rule:
+    if freeze:
         return Rule("weights", "oscillating ones freeze", "from a quarter of the steps on", f"{_NAGEL}, 4.3")
-    return Rule("weights", "free", "steps are small: oscillations do no harm", f"{_NAGEL}, 5")
+    return Rule("weights", "not frozen", "more than 4 bits, or oscillations are handled otherwise", f"{_NAGEL}, code")
 
 
 def _range_rule(frozen_at: int | None) -> Rule:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_qbn import ConfigurationError, QATRecipe, QuantizationConfig
-from lightning_qbn.recipe import warmup_cosine
+from lightning_qbn.warmup import warmup_cosine
 
 
 def recipe(weight_bits=4, activation_bits=8, scale="learned", epochs=90, peak_lr=0.1, **more):
@@ -53,6 +53,16 @@ def test_the_last_rate_counts_at_eight_bits_where_it_is_known():
 def test_observed_ranges_stop_before_the_end():
     assert recipe(scale="observed").schedule.freeze_observers_at == 14  # three quarters of 18, rounded up
     assert recipe().schedule.freeze_observers_at is None
+
+
+def test_what_is_changed_is_said_in_the_rules():
+    found = recipe(scale="observed", weight_decay=1e-4).changed(epochs=4, lr=0.7)
+    rules = {rule.setting: rule for rule in found.rules}
+    assert (rules["epochs"].value, rules["peak learning rate"].value) == ("4", "0.7")
+    assert rules["epochs"].reason == rules["peak learning rate"].reason == "set by you"
+    assert rules["weight decay"].reason != "set by you"
+    assert found.schedule.freeze_observers_at == 3, "of the epochs that there are"
+    assert "3" in rules["ranges"].value
 
 
 def test_a_mapping_will_do():

@@ -15,11 +15,12 @@ from lightning_qbn.callbacks.oscillation import WeightFreezing
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.fake_quantize import quantizers
-from lightning_qbn.recipe import QATRecipe, warmup_cosine
+from lightning_qbn.recipe import QATRecipe
+from lightning_qbn.warmup import warmup_cosine
 
 
 def recipe_callbacks(recipe: QATRecipe, show: bool = True) -> list[Callback]:
-    """What follows a recipe in a Trainer, beside `QuantizationAwareTraining`.
+    """What follows a recipe in a Trainer, behind ``QuantizationAwareTraining(config, recipe.schedule)``.
 
     >>> import lightning_qbn as qbn
     >>> config = qbn.QuantizationConfig(weight_bits=3)
@@ -56,7 +57,7 @@ class FollowRecipe(Callback):
         if stage == "fit" and not pl_module.automatic_optimization:
             raise ConfigurationError(
                 "FollowRecipe sets learning rates that Lightning steps, and this module steps its optimizers by hand. "
-                "Read lr, weight_decay and warmup of the recipe in its configure_optimizers."
+                "Read lr and weight_decay of the recipe in its configure_optimizers."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,8 +72,7 @@ class FollowRecipe(Callback):
         for optimizer in trainer.optimizers:
             self.recipe.set_rates(optimizer.param_groups, _with_own_rate(trainer, pl_module, optimizer))
         trainer.lr_scheduler_configs[:] = [
-            LRSchedulerConfig(warmup_cosine(optimizer, int(steps), self.recipe.warmup), interval="step")
-            for optimizer in trainer.optimizers
+            LRSchedulerConfig(warmup_cosine(optimizer, int(steps)), interval="step") for optimizer in trainer.optimizers
         ]
         if self.show:
             _print(self.recipe)

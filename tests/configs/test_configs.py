@@ -86,6 +86,22 @@ def test_what_is_set_stands_above_the_recipe(tmp_path):
     derived.insert(recipe, callbacks)
     kinds = [type(callback).__name__ for callback in callbacks]
     assert kinds == ["QuantizationAwareTraining", "FollowRecipe", "OscillationDampening"]
+    assert "oscillating ones freeze" not in [rule.value for rule in callbacks[1].recipe.rules]
+
+
+def test_observed_ranges_stop_where_the_recipe_says(tmp_path):
+    cfg = composed(tmp_path, "quantization.scale=observed", "qat.epochs=4")
+    derived.fill(cfg)
+    assert instantiate(cfg.callbacks.quantization).schedule.freeze_observers_at == 3
+    cfg = composed(tmp_path, "quantization.scale=observed", "qat.epochs=4", "qat.schedule.freeze_observers_at=1")
+    derived.fill(cfg)
+    assert cfg.qat.schedule.freeze_observers_at == 1
+
+
+def test_a_scheduler_beside_the_recipe_is_refused(tmp_path):
+    cfg = composed(tmp_path, "qat.scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1}")
+    with pytest.raises(ConfigurationError, match="schedule of its own"):
+        derived.fill(cfg)
 
 
 def test_a_recipe_needs_the_rate_of_float_training(tmp_path):

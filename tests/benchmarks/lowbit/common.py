@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -89,15 +88,21 @@ def indices(size: int, seed: int, count: int) -> Iterator[Tensor]:
             done += 1
 
 
+def _file_of_the_package(name: str) -> Any:
+    """A file of the package that needs torch alone, where the package is not installed."""
+    known = f"study_{Path(name).stem}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, _ROOT / "lightning_qbn" / name)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[known] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[known])
+    return sys.modules[known]
+
+
 def build(name: str) -> nn.Module:
     """A network of the study: the package's own reference networks, read from their file."""
-    path = _ROOT / "lightning_qbn" / "demo" / "networks.py"
-    spec = importlib.util.spec_from_file_location("study_networks", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_networks"] = module
-    spec.loader.exec_module(module)
+    module = _file_of_the_package("demo/networks.py")
     if name == "mobilenet":
         network = module.MobileNet(strides=(2, 2, 2), batch_norm_momentum=0.1)
     else:
@@ -128,15 +133,8 @@ def train(
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule of every tuned run: a twentieth of the steps to warm up, then cosine to zero."""
-    warmup = max(1, total_steps // 20)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    """The schedule of every tuned run: that of the package's recipe."""
+    return _file_of_the_package("warmup.py").warmup_cosine(optimizer, total_steps)  # type: ignore[no-any-return]
 
 
 def documented_schedule(job: Job, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

@@ -28,7 +28,8 @@ _PART = 2  # jobs of one process
 def main() -> None:
     """Float networks, then cell by cell, as many trainings at once as there are ``--jobs``."""
     options = _options()
-    folder, pythons = options.folder, {"qbn": sys.executable, "float": sys.executable, **dict(options.python)}
+    folder = options.folder / "quick" if options.quick else options.folder  # it has a float network of its own
+    pythons = {"qbn": sys.executable, "float": sys.executable, **dict(options.python)}
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     if options.table:
@@ -49,6 +50,8 @@ def main() -> None:
             run(cell.tuning(tools))
             run(cell.final(tools, load_results(results)))
     print(table(load_results(results)))
+    for path in sorted(results.glob("*.error")):
+        print(f"failed: {path}")
 
 
 def _parts(jobs: list[Job]) -> list[list[Job]]:

@@ -19,7 +19,7 @@ _NAMES = {
     ("brevitas", "plain"): "Brevitas",
     ("fx", "plain"): "torch.ao FX",
 }
-Key = tuple[str, int, int]
+Key = tuple[str, int, int, int]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -27,17 +27,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     cells: dict[Key, dict[tuple[str, str], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results.values():
         if result["test"]:
-            key = (result["network"], result["weight_bits"], result["activation_bits"])
+            key = (result["network"], result["weight_bits"], result["activation_bits"], result["steps"])
             method = "plain" if result["tool"] in DOCUMENTED else result["method"]
             cells[key][result["tool"], method].append(result)
     lines = [
-        "| network | bits | training | before | re-estimated | delivered | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| network | bits | steps | training | before | re-estimated | delivered | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (network, weights, activations), rows in sorted(cells.items(), key=lambda item: _order(item[0])):
+    for (network, weights, activations, steps), rows in sorted(cells.items(), key=lambda item: _order(item[0])):
         for name, title in _NAMES.items():
             if name in rows:
-                lines.append(_row(f"{network} | W{weights}A{activations} | {title}", rows[name]))
+                lines.append(_row(f"{network} | W{weights}A{activations} | {steps} | {title}", rows[name]))
     return "\n".join(lines)
 
 
@@ -56,6 +56,6 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _order(key: Key) -> tuple[str, int, int]:
-    network, weights, activations = key
-    return network, -weights, -activations
+def _order(key: Key) -> tuple[str, int, int, int]:
+    network, weights, activations, steps = key
+    return network, -weights, -activations, steps

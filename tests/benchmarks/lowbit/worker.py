@@ -41,6 +41,7 @@ def main() -> None:
         temporary = results / f"{job.name}.part"
         temporary.write_text(found)
         temporary.replace(results / f"{job.name}.json")
+        (results / f"{job.name}.error").unlink(missing_ok=True)  # of an earlier try
         print(f"{job.name} {result}", flush=True)
 
 
