@@ -20,7 +20,7 @@ def run(script: str, folder: Path, *arguments: object) -> tuple[list[dict[str, A
     """Both ranks in processes of their own, as a user's script has them: what each found, and what was said."""
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
     command = [sys.executable, str(Path(__file__).with_name(script)), str(folder), *map(str, arguments)]
-    done = subprocess.run(command, env=own, capture_output=True, timeout=200, text=True)
+    done = subprocess.run(command, env=own, capture_output=True, timeout=900, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)], done.stderr
 

@@ -42,7 +42,8 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
     graph = preprocess_for_quantize(torch.fx.symbolic_trace(network), merge_bn=False)
     model = quantize(graph, **_maps(job))
     first, last = model.get_submodule("stem.0"), model.get_submodule("head")
-    for part in (first.weight_quant, last.weight_quant, model.get_submodule("head_output_quant").act_quant):
+    image, logits = model.get_submodule("x_quant"), model.get_submodule("head_output_quant")
+    for part in (first.weight_quant, last.weight_quant, image.act_quant, logits.act_quant):
         _set_bits(part, 8)
     examples = [images for images, _ in batches(data.train, 77, 16)]
     with torch.no_grad(), calibration_mode(model.eval()):
@@ -62,6 +63,7 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
 
 def _set_bits(quantizer: Any, bits: int) -> None:
     """First and last layer have 8 bits, with all tools."""
-    for name, part in quantizer.named_modules():
-        if name.endswith("msb_clamp_bit_width_impl.bit_width"):
-            part.value.fill_(bits)
+    found = [part for name, part in quantizer.named_modules() if name.endswith("msb_clamp_bit_width_impl.bit_width")]
+    for part in found:
+        part.value.fill_(bits)
+    assert found, "Brevitas keeps its bit-width elsewhere"
