@@ -41,14 +41,14 @@ def main() -> None:
     float_steps = _FLOAT_STEPS // 10 if options.quick else _FLOAT_STEPS
     with ThreadPoolExecutor(options.jobs) as pool:
 
-        def run(jobs: list[Job]) -> None:
-            list(pool.map(lambda part: _run(part, folder, pythons), _parts(jobs)))
+        def run(parts: list[list[Job]]) -> None:
+            list(pool.map(lambda part: _run(part, folder, pythons), parts))
 
-        run(list(start_jobs(names, float_steps)))
+        run([[job] for job in start_jobs(names, float_steps)])
         for cell in todo:
             tools = [tool for tool in pythons if tool != "float"]
-            run(cell.tuning(tools))
-            run(cell.final(tools, load_results(results)))
+            run(_parts(cell.tuning(tools)))
+            run(_parts(cell.final(tools, load_results(results))))
     print(table(load_results(results)))
     for path in sorted(results.glob("*.error")):
         print(f"failed: {path}")
