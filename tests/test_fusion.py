@@ -161,8 +161,9 @@ def test_uncalibrated_and_disabled_quantizers_leave_the_activation():
     "make",
     [
         partial(MobileNet, widths=(8, 12), depths=(1, 2), strides=(1, 2), stem=8, head=16),
-        *NETWORKS[1:],
-        pytest.param(MobileNet, marks=pytest.mark.slow),
+        Functions,
+        PreActivation,
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (MobileNet, ResNet)),
     ],
     ids=lambda make: getattr(make, "__name__", "small"),
 )

@@ -10,6 +10,7 @@ import torch
 from .callbacks import NETWORKS, main
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
 def test_benchmark_prints_and_writes_every_share(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from .sweep import main
 
 
+@pytest.mark.slow
 def test_benchmark_prints_and_writes_the_ratios(tmp_path, capsys):
     path = tmp_path / "sweep.json"
     overrides = ["debug=steps", "model=resnet", "callbacks.export=null"]
