@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qbn.aimet_config import settings_of
+from lightning_qbn.arguments import is_whole
 from lightning_qbn.errors import ConfigurationError
 
 _CHOICES = {
@@ -183,7 +184,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _check_bits(name: str, bits: object, low: int, high: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+    if not is_whole(bits, low, high):
         raise ConfigurationError(f"{name} must be a whole number from {low} to {high}, found {bits!r}.")
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.arguments import is_number
 from lightning_qbn.convolution import WeightLayer, channel_view, out_channels
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.layers import WeightQuantized, weight_layers
@@ -55,7 +56,7 @@ class OscillationTracker:
     """
 
     def __init__(self, momentum: float = 0.01) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 < momentum <= 1:
+        if not is_number(momentum, 0, 1) or momentum == 0:
             raise ConfigurationError(f"momentum must be above 0 and at most 1, found {momentum!r}.")
         self.momentum = float(momentum)
         self._layers: dict[str, _History] = {}

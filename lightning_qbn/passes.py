@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_qbn.arguments import is_whole
 from lightning_qbn.compiling import forced
 from lightning_qbn.errors import ConfigurationError, DataError, QuantizationError
 from lightning_qbn.side_effects import modes_restored, random_states, set_random_states
@@ -54,7 +55,7 @@ def input_of(batch: Any) -> Tensor:
 
 def check_num_batches(num_batches: object, error: type[QuantizationError] = ConfigurationError) -> None:
     """Raise unless ``num_batches`` is a whole number of at least 1."""
-    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
+    if not is_whole(num_batches, 1):
         raise error(f"num_batches must be a whole number of at least 1, found {num_batches!r}.")
 
 

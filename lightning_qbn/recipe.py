@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from lightning_qbn.arguments import is_number, is_whole
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.operations import BatchNorm
@@ -194,7 +196,7 @@ def _range_rule(frozen_at: int | None) -> Rule:
 
 
 def _check(epochs: Any, peak: Any, last: Any, decay: Any) -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+    if not is_whole(epochs, 1):
         raise ConfigurationError(f"epochs must be the whole number of epochs of float training, found {epochs!r}.")
     _check_number("peak_lr", peak, 0.0, exclusive=True)
     _check_number("weight_decay", decay, 0.0)
@@ -205,6 +207,5 @@ def _check(epochs: Any, peak: Any, last: Any, decay: Any) -> None:
 
 
 def _check_number(name: str, value: Any, least: float, exclusive: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < least or (exclusive and value == least):
+    if not is_number(value, least, sys.float_info.max) or (exclusive and value == least):
         raise ConfigurationError(f"{name} must be {'above' if exclusive else 'at least'} {least:g}, found {value!r}.")

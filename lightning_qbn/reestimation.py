@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_qbn.advice import recommend, say, warn
+from lightning_qbn.arguments import is_number
 from lightning_qbn.collection import Jointly, Layer, quantile_of_errors
 from lightning_qbn.drift import Reestimation, drift, write
 from lightning_qbn.errors import ReestimationError
@@ -46,9 +47,9 @@ class Settings:
         known = isinstance(self.estimator, str) and self.estimator in ESTIMATORS
         if self.estimator is not None and not known:
             raise ReestimationError(f"estimator must be one of {tuple(ESTIMATORS)} or None, found {self.estimator!r}.")
-        if self.tolerance is not None and not (_is_number(self.tolerance) and self.tolerance > 0):
+        if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance > 0):
             raise ReestimationError(f"tolerance must be positive or None, found {self.tolerance!r}.")
-        if not (_is_number(self.memory_gib) and self.memory_gib >= 0):
+        if not is_number(self.memory_gib, 0):
             raise ReestimationError(f"memory_gib must be 0 or more, found {self.memory_gib!r}.")
 
     @property
@@ -159,10 +160,6 @@ def _reestimate(
             write(bn, old[name])
         raise
     return Reestimation(network, moved, used, error, skipped, {name: (old[name], new[name]) for name in reached})
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _collect(

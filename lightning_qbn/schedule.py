@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from lightning_qbn.arguments import is_whole
 from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.errors import ConfigurationError
 
@@ -75,7 +76,7 @@ class QATSchedule:
             value = getattr(self, name)
             if value is None and name != "float_epochs":
                 continue
-            if not _is_count(value):
+            if not is_whole(value, 0):
                 raise ConfigurationError(f"{name} must be a whole number of {self.unit}s, 0 or more, found {value!r}.")
         for name, most in _STARTS.items():
             bits = getattr(self, name)
@@ -84,11 +85,11 @@ class QATSchedule:
 
     def _falling(self, name: str, bits: Any, most: int) -> dict[int, int]:
         wanted = f"{name} must map {self.unit}s, from 0 on, to bits that fall, such as {{0: 8, 3: 6, 6: 4}}"
-        if not isinstance(bits, Mapping) or not all(_is_count(key) for key in bits) or 0 not in bits:
+        if not isinstance(bits, Mapping) or not all(is_whole(key, 0) for key in bits) or 0 not in bits:
             raise ConfigurationError(f"{wanted}; found {bits!r}.")
         ordered = dict(sorted(bits.items()))
         values = list(ordered.values())
-        if not all(_is_count(value) and 2 <= value <= most for value in values):
+        if not all(is_whole(value, 2, most) for value in values):
             raise ConfigurationError(f"{wanted}, 2 to {most} of them; found {bits!r}.")
         if any(later >= earlier for earlier, later in pairwise(values)):
             raise ConfigurationError(f"{wanted}; these do not: {bits!r}.")
@@ -167,7 +168,3 @@ def as_schedule(schedule: QATSchedule | Mapping[str, Any] | None) -> QATSchedule
 
 def _at(bits: Mapping[int, int] | None, at: int) -> int | None:
     return None if bits is None else bits[max(start for start in bits if start <= at)]
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_qbn.arguments import is_whole
 from lightning_qbn.calibration import calibrate_weight
 from lightning_qbn.convolution import WeightLayer
 from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
@@ -187,7 +188,7 @@ def _tensor(output: Any) -> Tensor:
 
 def _checked(bits: Sequence[int], mode: str) -> list[int]:
     sound = isinstance(bits, Sequence) and len(bits) > 0
-    if not sound or not all(isinstance(b, int) and not isinstance(b, bool) and 2 <= b <= 8 for b in bits):
+    if not sound or not all(is_whole(b, 2, 8) for b in bits):
         raise ConfigurationError(f"bits must be a list of whole numbers from 2 to 8, found {bits!r}.")
     if mode not in ("one", "all_but_one"):
         raise ConfigurationError(f"mode must be 'one' or 'all_but_one', found {mode!r}.")

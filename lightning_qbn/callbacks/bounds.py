@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 
+from lightning_qbn.arguments import is_number
 from lightning_qbn.callbacks.batches import TargetFn, evaluation_loader, forward_of
 from lightning_qbn.callbacks.measuring import measured
 from lightning_qbn.errors import ConfigurationError
@@ -45,7 +46,7 @@ class Bounds:
         for name, value in (("minimum", self.minimum), ("max_drop", self.max_drop)):
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise ConfigurationError(f"{name} must be a number or None, found {value!r}.")
             if self.metric is None:
                 raise ConfigurationError(f"{name}={value:g} needs a metric to judge by: pass metric=...")

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
+from lightning_qbn.arguments import is_number, is_whole
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning, ReestimationError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import check_num_batches
@@ -18,9 +19,9 @@ from lightning_qbn.passes import check_num_batches
 def check_calibration(num_batches: Any, scale_lr: Any, seed: Any, forward_fn: Any) -> None:
     """Raise ConfigurationError where calibration and learned scales are told something that cannot be."""
     check_num_batches(num_batches)
-    if scale_lr is not None and (not isinstance(scale_lr, int | float) or not scale_lr >= 0):
+    if scale_lr is not None and not is_number(scale_lr, 0):
         raise ConfigurationError(f"scale_lr must be 0 or more, found {scale_lr!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_whole(seed, 0, 2**32 - 1):
         raise ConfigurationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
     if forward_fn is not None and not callable(forward_fn):
         raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
@@ -30,7 +31,7 @@ def check_gate(max_drop: float | None, metric: Metric | None) -> None:
     """Raise ReestimationError where a gate could never be judged."""
     if max_drop is None:
         return
-    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
+    if not is_number(max_drop, 0):
         raise ReestimationError(f"max_drop must be 0 or more, or None, found {max_drop!r}.")
     if metric is None:
         raise ReestimationError(f"max_drop={max_drop} needs a metric to judge by: pass metric=...")
@@ -48,7 +49,7 @@ def check_epochs(at_epochs: Iterable[int] | None, metric: Metric | None) -> tupl
     if isinstance(at_epochs, str | bytes) or not isinstance(at_epochs, Iterable):
         raise ReestimationError(f"at_epochs must be a list of epochs or None, found {at_epochs!r}.")
     epochs = tuple(at_epochs)
-    wrong = [e for e in epochs if isinstance(e, bool) or not isinstance(e, int) or e < 1]
+    wrong = [e for e in epochs if not is_whole(e, 1)]
     if wrong:
         raise ReestimationError(f"at_epochs counts the epochs done, whole numbers from 1 on; found {wrong[0]!r}.")
     if epochs and metric is None:
@@ -64,7 +65,7 @@ def check_kinds(
         raise ReestimationError(f"checkpoint must be 'last' or 'best', found {checkpoint!r}.")
     if metric is not None and not isinstance(metric, Metric):
         raise ReestimationError(f"metric must be a torchmetrics Metric or None, found {type(metric).__name__}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_whole(seed, 0, 2**32 - 1):
         raise ReestimationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
     if loader is not None and not isinstance(loader, Iterable):
         raise ReestimationError(f"loader must be an iterable of batches or None, found {type(loader).__name__}.")

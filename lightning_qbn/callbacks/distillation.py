@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_qbn.arguments import is_number
 from lightning_qbn.callbacks.exported import exported_network
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.distillation import feature_distance, float_teacher, frozen, soft_cross_entropy
@@ -224,5 +225,5 @@ def _factor(trainer: Trainer) -> float:
 
 
 def _check(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not is_number(value, low, high):
         raise ConfigurationError(f"{name} must be a number from {low:g} to {high:g}, found {value!r}.")

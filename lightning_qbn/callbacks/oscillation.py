@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_qbn.arguments import is_number
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.oscillation import OscillationTracker, add_dampening
@@ -134,7 +135,7 @@ class OscillationDampening(Callback):
 
     def __init__(self, strength: float = 0.1, begin: float = 0.25, aggregation: str = "kernel_mean") -> None:
         _check_share("begin", begin)
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+        if not is_number(strength, 0) or strength == math.inf:
             raise ConfigurationError(f"strength must be a number of at least 0, found {strength!r}.")
         if aggregation not in _AGGREGATIONS:
             raise ConfigurationError(f"aggregation must be one of {_AGGREGATIONS}, found {aggregation!r}.")
@@ -180,5 +181,5 @@ def _progress(trainer: Trainer, begin: float, steps: int) -> float | None:
 
 
 def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    if not is_number(value, 0, 1) or value == 1:
         raise ConfigurationError(f"{name} must be at least 0 and below 1, found {value!r}.")

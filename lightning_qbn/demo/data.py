@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_qbn.arguments import is_whole
 from lightning_qbn.errors import ConfigurationError, DataError
 from lightning_qbn.files import atomic
 
@@ -24,7 +25,7 @@ class _ImagesAndLabels(LightningDataModule):
 
     def __init__(self, batch_size: int, seed: int, drop_last: bool) -> None:
         super().__init__()
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size, 1):
             raise ConfigurationError(f"batch_size must be a whole number of at least 1, found {batch_size!r}.")
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.splits: dict[str, TensorDataset] = {}
