@@ -88,3 +88,11 @@ def test_results_of_an_interrupted_study_are_read_and_the_table_is_printed(study
     command = [sys.executable, str(_FOLDER / "study.py"), str(tmp_path), "--table"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "| mobilenet | W4A4 | 430 | AIMET | - | 88.00 | 88.00 | 1 |" in printed
+
+
+def test_what_others_deliver_is_what_is_better_on_held_out_images(study: Any) -> None:
+    worse = {"validation_before": 88.0, "validation": 9.0, "test_before": 87.0, "test": 95.0}
+    assert study.plan.shipped(worse, "test") == 87.0
+    assert study.plan.shipped({**worse, "validation": 89.0}, "test") == 95.0
+    assert study.plan.shipped({**worse, "validation_onnx": 70.0, "test_onnx": 71.0}, "test") == 71.0
+    assert study.plan.shipped({"validation": 9.0, "test": 10.0}, "test") == 10.0

@@ -15,7 +15,9 @@ from torch.ao.quantization import (
     MovingAveragePerChannelMinMaxObserver,
     QConfig,
     QConfigMapping,
+    disable_fake_quant,
     disable_observer,
+    enable_fake_quant,
 )
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
@@ -72,7 +74,8 @@ def _widen_input(model: Any) -> None:
 
 def _calibrate(model: Any, data: Data) -> None:
     """Ranges of the float network; in evaluation mode its batch-norms stand still meanwhile."""
-    model.eval()
+    model.eval().apply(disable_fake_quant)
     with torch.no_grad():
         for images, _ in batches(data.train, 77, 16):
             model(images)
+    model.apply(enable_fake_quant)
