@@ -164,6 +164,8 @@ class FakeQuantize(nn.Module):
         if self.gradient_scale:
             served = features_per_scale(x, scale, is_weight=self.follow_input)
             scale = scale_gradient(scale, 1.0 / math.sqrt(served * self.quant_max))
+        if self.learned_zero_point and clip != NO_CLIP:
+            scale = scale + 0.0 * self.zero_point  # stays; DDP waits for a gradient of every parameter
         if self.learned_zero_point and clip == NO_CLIP:
             zero_point = round_straight_through(self.zero_point, self.quant_min, self.quant_max)
             low, high = self.quant_min - zero_point, self.quant_max - zero_point

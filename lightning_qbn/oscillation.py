@@ -5,7 +5,7 @@ Nagel, Fournarakis, Bondarenko, Blankevoort: Overcoming oscillations in quantiza
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -78,7 +78,7 @@ class OscillationTracker:
             history.frequency.lerp_(back.to(history.frequency.dtype), self.momentum)
             history.average.lerp_(integers.to(history.average.dtype), self.momentum)
             history.direction = torch.where(change != 0, change, history.direction)
-            history.integers = integers
+            history.integers = torch.where(history.frozen, history.integers, integers)
 
     def shares(self, threshold: float = OSCILLATING) -> dict[str, float]:
         """Share of the weights of each layer that oscillate: more often than ``threshold`` per step, and not frozen."""
@@ -90,12 +90,16 @@ class OscillationTracker:
         return sum(int(x.sum()) for x in found) / max(sum(x.numel() for x in found), 1)
 
     @torch.no_grad()
-    def freeze(self, threshold: float) -> None:
+    def freeze(self, threshold: float, skip: Collection[str] = ()) -> None:
         """Freeze weights that change back and forth more often than ``threshold`` per step (section 4.3).
 
         Their integer is from now on the nearest one to its moving average, where it was most of the time.
+
+        Args:
+            threshold: in changes per step.
+            skip: names of layers that are left alone.
         """
-        for history in self._layers.values():
+        for history in (history for name, history in self._layers.items() if name not in skip):
             new = history.oscillating(threshold)
             history.integers = torch.where(new, history.average.round().to(torch.int8), history.integers)
             history.frozen |= new
@@ -149,7 +153,9 @@ def add_dampening(
     losses = []
     for layer in _calibrated(network).values():
         plain = cast(WeightLayer, layer)
-        if plain.weight.grad is None or (only is not None and id(plain.weight) not in only):
+        if not isinstance(plain.weight, nn.Parameter) or plain.weight.grad is None:
+            continue
+        if only is not None and id(plain.weight) not in only:
             continue
         quantizer, view = layer.weight_quantizer, channel_view(plain, plain.weight)
         low, high = (quantizer.scale * end for end in (quantizer.quant_min, quantizer.quant_max))
@@ -158,6 +164,12 @@ def add_dampening(
         plain.weight.grad += (2 * factor * distance).to(plain.weight.grad.dtype).view_as(plain.weight)
         losses.append(factor * distance.square().sum())
     return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def computed_weights(network: nn.Module) -> list[str]:
+    """Layers that round a weight which is computed, such as a pruned one: it cannot be held, nor has it a gradient."""
+    layers = {name: layer for name, layer in weight_layers(network).items() if isinstance(layer, WeightQuantized)}
+    return [name for name, layer in layers.items() if not isinstance(cast(WeightLayer, layer).weight, nn.Parameter)]
 
 
 def _calibrated(network: nn.Module) -> dict[str, WeightQuantized]:

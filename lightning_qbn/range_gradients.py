@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from lightning_qbn.arithmetic import Bound
@@ -46,4 +48,4 @@ def features_per_scale(x: Tensor, scale: Tensor, is_weight: bool) -> int:
     """How many values a scale serves: those of a weight, or those of one sample of an activation."""
     if is_weight or x.dim() < 2:
         return max(1, x.numel() // scale.numel())
-    return max(1, x[0].numel())
+    return max(1, math.prod(x.shape[1:]))

@@ -16,26 +16,11 @@ from lightning_qbn.arguments import is_number, is_whole
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.operations import BatchNorm
+from lightning_qbn.rules import LSQ, NAGEL, WU, Rule, decay_of, fewest_bits, length_of, range_rule, rate_of, weight_rule
 from lightning_qbn.schedule import QATSchedule
 from lightning_qbn.warmup import WARMUP
 
-# As in the table; the docstring of `QATRecipe` names them in full.
-_LSQ = "LSQ, 3"
-_WU = "Wu et al."
-_NAGEL = "Nagel et al."
-_GUIDE = "AIMET's guide"
-_BETWEEN = "between the two"
 _MOMENTUM = 0.1  # the least of batch-norms, while they train
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One setting and why it has its value."""
-
-    setting: str
-    value: str
-    reason: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -48,10 +33,11 @@ class QATRecipe:
     quantization-aware training.
 
     Args:
-        bits: the fewest of weights and activations, which the rules go by.
+        bits: the fewest of weights and activations, of all layers, which the rules go by.
         epochs: of quantization-aware training.
         lr: peak learning rate, of the optimizer that the float network was trained with.
-        weight_decay: of that optimizer.
+        weight_decay: of that optimizer; None: what it has, times ``decay_share``.
+        decay_share: of the weight decay of float training.
         freeze_weights: whether oscillating weights are frozen (`WeightFreezing`).
         freeze_observers: whether ranges are observed, and stop before the end.
         reasons: of epochs, lr and weight_decay: why, and by which source.
@@ -60,7 +46,8 @@ class QATRecipe:
     bits: int
     epochs: int
     lr: float
-    weight_decay: float
+    weight_decay: float | None
+    decay_share: float
     freeze_weights: bool
     freeze_observers: bool
     reasons: Mapping[str, tuple[str, str]]
@@ -72,7 +59,7 @@ class QATRecipe:
         epochs: int,
         peak_lr: float,
         last_lr: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
     ) -> QATRecipe:
         """Derive it.
 
@@ -81,7 +68,7 @@ class QATRecipe:
             epochs: of the float training.
             peak_lr: its highest learning rate.
             last_lr: its last learning rate, where it did not fall to about 0.
-            weight_decay: its weight decay.
+            weight_decay: its weight decay; None: that of the optimizer that the recipe is followed with.
 
         Raises:
             ConfigurationError: a number is out of range.
@@ -92,22 +79,43 @@ class QATRecipe:
         """
         config = as_config(config)
         _check(epochs, peak_lr, last_lr, weight_decay)
-        bits = min(config.weight_bits, config.activation_bits or config.weight_bits)
-        length, why_length = _length(bits, epochs)
-        rate, why_rate = _rate(bits, peak_lr, last_lr)
-        decay, why_decay = _decay(bits, weight_decay)
+        bits = fewest_bits(config)
+        length, why_length = length_of(bits, epochs)
+        rate, why_rate = rate_of(bits, peak_lr, last_lr)
+        share, why_decay = decay_of(bits, weight_decay)
+        decay = None if weight_decay is None else share * weight_decay
         reasons = {"epochs": why_length, "lr": why_rate, "weight_decay": why_decay}
-        return cls(bits, length, rate, decay, bits <= 4, config.scale == "observed", reasons)
+        return cls(bits, length, rate, decay, share, bits <= 4, config.scale == "observed", reasons)
 
     def changed(self, **settings: Any) -> QATRecipe:
-        """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which."""
+        """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which.
+
+        Raises:
+            ConfigurationError: it is another setting, or out of range.
+        """
+        for name, value in settings.items():
+            if name not in self.reasons:
+                raise ConfigurationError(f"Of a recipe {', '.join(self.reasons)} can be changed, not {name!r}.")
+            if name == "epochs" and not is_whole(value, 1):
+                raise ConfigurationError(f"epochs must be a whole number of at least 1, found {value!r}.")
+            if name != "epochs":
+                _check_number(name, value, 0.0)
         reasons = {**self.reasons, **dict.fromkeys(settings, ("set by you", "-"))}
         return dataclasses.replace(self, reasons=reasons, **settings)
 
     @property
     def schedule(self) -> QATSchedule:
         """For `QuantizationAwareTraining`: when observed ranges stop moving."""
-        return QATSchedule(freeze_observers_at=math.ceil(self.epochs * 3 / 4) if self.freeze_observers else None)
+        return QATSchedule(freeze_observers_at=self.observers_until())
+
+    def observers_until(self, float_epochs: int = 0) -> int | None:
+        """The epoch from which observed ranges stay, for the last quarter; None where they never stop.
+
+        Args:
+            float_epochs: of all epochs, those before quantizers are switched on.
+        """
+        last = min(float_epochs + math.ceil((self.epochs - float_epochs) * 3 / 4), self.epochs - 1)
+        return last if self.freeze_observers and last > float_epochs else None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -115,13 +123,16 @@ class QATRecipe:
         return (
             Rule("epochs", str(self.epochs), *self.reasons["epochs"]),
             Rule("peak learning rate", f"{self.lr:.3g}", *self.reasons["lr"]),
-            Rule("schedule", f"warm-up {WARMUP:.0%}, cosine to 0", "integers settle", f"{_LSQ}; {_WU}"),
-            Rule("weight decay", f"{self.weight_decay:.3g}", *self.reasons["weight_decay"]),
-            Rule("batch-norm momentum", f"at least {_MOMENTUM:g}", "integers jump; re-estimated in the end", _NAGEL),
-            Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{_NAGEL}, code"),
-            _weight_rule(self.freeze_weights),
-            _range_rule(self.schedule.freeze_observers_at),
+            Rule("schedule", f"warm-up {WARMUP:.0%}, cosine to 0", "integers settle", f"{LSQ}; {WU}"),
+            Rule("weight decay", self._decay_text(), *self.reasons["weight_decay"]),
+            Rule("batch-norm momentum", f"at least {_MOMENTUM:g}", "integers jump; re-estimated in the end", NAGEL),
+            Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{NAGEL}, code"),
+            weight_rule(self.freeze_weights),
+            range_rule(self.freeze_observers, self.observers_until()),
         )
+
+    def _decay_text(self) -> str:
+        return f"{self.decay_share:g} x the optimizer's" if self.weight_decay is None else f"{self.weight_decay:.3g}"
 
     def table(self) -> Table:
         """The rules, for rich."""
@@ -132,74 +143,44 @@ class QATRecipe:
             table.add_row(rule.setting, rule.value, rule.reason, rule.source)
         return table
 
-    def set_batch_norms(self, network: nn.Module) -> None:
-        """Raise the momentum of batch-norms; those that average over all batches (None) stay."""
+    def set_batch_norms(self, network: nn.Module) -> dict[nn.Module, float]:
+        """Raise the momentum of batch-norms; those that average over all batches (None) or stand still (0) stay.
+
+        Returns:
+            The momentum of each that was raised, as it was.
+        """
+        old: dict[nn.Module, float] = {}
         for module in network.modules():
-            if isinstance(module, BatchNorm) and module.momentum is not None:
-                module.momentum = max(module.momentum, _MOMENTUM)
+            if isinstance(module, BatchNorm) and module.momentum and module.momentum < _MOMENTUM:
+                old[module], module.momentum = module.momentum, _MOMENTUM
+        return old
 
     def set_rates(self, groups: Iterable[dict[str, Any]], kept: Iterable[dict[str, Any]] = ()) -> None:
-        """Give an optimizer's groups the peak rate, in the proportions that they have, and the weight decay.
+        """Give an optimizer's groups the peak rate and the weight decay, in the proportions that they have.
 
         Args:
-            groups: its ``param_groups``; a group without weight decay gets none.
+            groups: its ``param_groups``. A schedule that rises from 0 counts by the rates that it rises to.
             kept: those of them that have a rate of their own.
         """
         skipped = {id(group) for group in kept}
         mine = [group for group in groups if id(group) not in skipped]
-        highest = max((float(group["lr"]) for group in mine), default=0.0)
-        for group in mine:
-            group["lr"] = self.lr * (float(group["lr"]) / highest if highest else 1.0)
-            group.pop("initial_lr", None)  # of the schedule that was meant for float training
-            if group.get("weight_decay"):
-                group["weight_decay"] = self.weight_decay
-
-
-def _length(bits: int, epochs: int) -> tuple[int, tuple[str, str]]:
-    if bits >= 8:
-        share, source = 0.1, _WU
-    elif bits >= 5:
-        share, source = 0.15, _BETWEEN
-    else:
-        share, source = 0.2, f"{_GUIDE}: 15 to 20; {_NAGEL}: 20"
-    length = max(1, math.ceil(round(share * epochs, 6)))
-    return length, (f"{share:.0%} of the {epochs} of float training", source)
-
-
-def _rate(bits: int, peak: float, last: float | None) -> tuple[float, tuple[str, str]]:
-    if bits >= 8 and last:
-        return last, ("the last one of float training", _GUIDE)
-    if bits >= 8:
-        share, source = 0.01, f"{_WU}; {_LSQ}"
-    elif bits >= 5:
-        share, source = 0.03, _BETWEEN
-    else:
-        share, source = 0.1, _LSQ
-    return share * peak, (f"{share:.0%} of the float peak, {peak:g}", source)
-
-
-def _decay(bits: int, decay: float) -> tuple[float, tuple[str, str]]:
-    share = {2: 0.25, 3: 0.5}.get(bits, 1.0)
-    return share * decay, (f"{share:g} of the float one, {decay:g}", _LSQ)
-
-
-def _weight_rule(freeze: bool) -> Rule:
-    if freeze:
-        return Rule("weights", "oscillating ones freeze", "from a quarter of the steps on", f"{_NAGEL}, 4.3")
-    return Rule("weights", "not frozen", "more than 4 bits, or oscillations are handled otherwise", f"{_NAGEL}, code")
-
-
-def _range_rule(frozen_at: int | None) -> Rule:
-    if frozen_at is None:
-        return Rule("ranges", "learned to the end", "their rate falls to 0 with all others", _LSQ)
-    return Rule("ranges", f"observed until epoch {frozen_at}", "weights settle to ranges that stay", "torchvision")
+        # The schedule that was meant for float training has changed the rate, and noted what it was.
+        rates = [float(group.pop("initial_lr", group["lr"])) for group in mine]
+        decays = [float(group.get("weight_decay", 0.0)) for group in mine]
+        for group, rate, decay in zip(mine, rates, decays, strict=True):
+            group["lr"] = self.lr * (rate / max(rates) if max(rates) else 1.0)
+            if decay and self.weight_decay is None:
+                group["weight_decay"] = decay * self.decay_share
+            elif decay and self.weight_decay is not None:
+                group["weight_decay"] = decay / max(decays) * self.weight_decay
 
 
 def _check(epochs: Any, peak: Any, last: Any, decay: Any) -> None:
     if not is_whole(epochs, 1):
         raise ConfigurationError(f"epochs must be the whole number of epochs of float training, found {epochs!r}.")
     _check_number("peak_lr", peak, 0.0, exclusive=True)
-    _check_number("weight_decay", decay, 0.0)
+    if decay is not None:
+        _check_number("weight_decay", decay, 0.0)
     if last is not None:
         _check_number("last_lr", last, 0.0)
         if last > peak:

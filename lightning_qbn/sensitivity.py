@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_qbn.arguments import is_whole
+from lightning_qbn.arguments import is_number, is_whole
 from lightning_qbn.calibration import calibrate_weight
 from lightning_qbn.convolution import WeightLayer
 from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
@@ -68,8 +68,10 @@ class Sensitivity:
             average: bits for each weight, in the mean.
 
         Raises:
-            ConfigurationError: even the fewest measured bits exceed it.
+            ConfigurationError: it is no number, or even the fewest measured bits exceed it.
         """
+        if not is_number(average, 0):
+            raise ConfigurationError(f"average must be a number of bits, found {average!r}.")
         noise: dict[str, dict[int, float]] = {}
         sizes = {row.layer: row.parameters for row in self.rows}
         for row in self.rows:
@@ -138,6 +140,11 @@ def weight_sensitivity(
     rows = []
     with quiet(network), _put_back(network):
         reference = [_tensor(call(network, copied(batch))).clone() for batch in kept]
+        if not all(bool(output.isfinite().all()) for output in reference):
+            raise ConfigurationError(
+                "The output of the float network has values that are not finite, so that nothing can be compared with "
+                "it. Look for them in the batches, or in the weights."
+            )
         for width in widths:
             for name, layer in layers.items():
                 layer.weight_quantizer.set_bits(width)

@@ -21,4 +21,11 @@ def warmup_cosine(
         left = total_steps - step
         return 0.5 * (1 - math.cos(math.pi * left / (total_steps - rising))) if left > 0 else 0.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return _ByStep(optimizer, factor)
+
+
+class _ByStep(torch.optim.lr_scheduler.LambdaLR):
+    """Counts its calls, whatever epoch a module's own ``lr_scheduler_step`` passes."""
+
+    def step(self, *_: object, **__: object) -> None:
+        super().step()

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,7 +21,7 @@ from lightning_qbn import (
 )
 from lightning_qbn.convolution import channel_view
 from lightning_qbn.layers import weight_layers
-from lightning_qbn.oscillation import OscillationTracker, add_dampening
+from lightning_qbn.oscillation import OscillationTracker, add_dampening, computed_weights
 
 IMAGES = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -147,6 +148,41 @@ def test_frozen_weights_stay_whatever_the_optimizer_does():
         tracker.freeze(0.4)
         tracker.hold(network)
         assert torch.equal(integer_weights(network)["0"][1:], held[1:])
+
+
+def test_frozen_weights_come_back_from_any_jump():
+    network, tracker = quantized(), OscillationTracker(0.5)
+    for sign in (1, -1, 1, -1, 1):
+        put(network[0], sign * torch.ones(4, 2, 3, 3))
+        tracker.update(network)
+    tracker.freeze(0.4)
+    tracker.hold(network)
+    held = integer_weights(network)["0"]
+    for jump in (0.8, -1.8, 3.0):  # in steps of the grid
+        with torch.no_grad():
+            view = channel_view(network[0], network[0].weight)
+            view.add_(jump * network[0].weight_quantizer.scale)
+        tracker.update(network)
+        tracker.hold(network)
+        assert torch.equal(integer_weights(network)["0"], held)
+
+
+def test_layers_that_are_skipped_do_not_freeze():
+    network, tracker = quantized(), OscillationTracker(0.5)
+    for sign in (1, -1, 1, -1, 1):
+        for name in (0, 4):
+            put(network[name], sign * torch.ones_like(network[name].weight))
+        tracker.update(network)
+    tracker.freeze(0.4, skip=["0"])
+    frozen = {name: layer["frozen"] for name, layer in tracker.state_dict()["layers"].items()}
+    assert not frozen["0"].any()
+    assert frozen["4"].all()
+
+
+def test_computed_weights_are_found():
+    network = quantized()
+    nn.utils.prune.l1_unstructured(network[4], "weight", 0.5)
+    assert computed_weights(network) == ["4"]
 
 
 @pytest.mark.parametrize("momentum", [0, 1.5, "fast", True, float("nan")])

@@ -55,6 +55,29 @@ def test_observed_ranges_stop_before_the_end():
     assert recipe().schedule.freeze_observers_at is None
 
 
+@pytest.mark.parametrize(("epochs", "until"), [(5, None), (10, 1), (15, 2), (20, 3)])  # of 1, 2, 3 and 4 epochs
+def test_observed_ranges_of_short_trainings_stop_too(epochs, until):
+    found = recipe(scale="observed", epochs=epochs)
+    assert found.schedule.freeze_observers_at == until
+    (ranges,) = (rule for rule in found.rules if rule.setting == "ranges")
+    assert ranges.value == ("observed to the end" if until is None else f"observed until epoch {until}")
+
+
+def test_bits_of_single_layers_count():
+    mixed = {"weight_bits": 8, "overrides": {"*": {"weight_bits": 3}, "head": {"weight_bits": 8}}}
+    assert QATRecipe.from_float(mixed, 10, 0.1).bits == 3
+    assert QATRecipe.from_float({"weight_bits": 4, "overrides": {"head": {"activation_bits": 8}}}, 10, 0.1).bits == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 0}, {"epochs": 1.5}, {"lr": -1}, {"lr": math.nan}, {"lr": "0.1"}, {"weight_decay": -1}, {"bits": 2}],
+)
+def test_what_cannot_be_changed_is_refused(change):
+    with pytest.raises(ConfigurationError, match=next(iter(change))):
+        recipe().changed(**change)
+
+
 def test_what_is_changed_is_said_in_the_rules():
     found = recipe(scale="observed", weight_decay=1e-4).changed(epochs=4, lr=0.7)
     rules = {rule.setting: rule for rule in found.rules}
@@ -119,6 +142,27 @@ def test_groups_keep_their_proportions():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25e-4, 0]
 
 
+def test_weight_decay_that_is_not_told_is_that_of_the_optimizer():
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    decays = [0.1, 0.01, 0.0]
+    groups = [{"params": list(layer.parameters()), "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    recipe(2).set_rates(optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.0025, 0.0])
+    assert "0.25 x" in {rule.setting: rule.value for rule in recipe(2).rules}["weight decay"]
+    recipe(2, weight_decay=0.4).set_rates(optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01, 0.0])
+
+
+def test_groups_keep_their_proportions_under_a_schedule_that_rises_from_zero():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": list(first.parameters()), "lr": 0.01}, {"params": list(second.parameters()), "lr": 1e-4}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 100)
+    recipe().set_rates(optimizer.param_groups)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 1e-4])
+
+
 def test_groups_with_a_rate_of_their_own_keep_it():
     layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
     groups = [{"params": list(layer.parameters()), "lr": 0.2}, {"params": list(other.parameters()), "lr": 5.0}]
@@ -128,9 +172,10 @@ def test_groups_with_a_rate_of_their_own_keep_it():
 
 
 def test_batch_norms_follow_faster_and_cumulative_ones_stay():
-    network = nn.Sequential(*(nn.BatchNorm2d(2, momentum=momentum) for momentum in (0.01, 0.5, None)))
-    recipe().set_batch_norms(network)
-    assert [layer.momentum for layer in network] == [0.1, 0.5, None]
+    network = nn.Sequential(*(nn.BatchNorm2d(2, momentum=momentum) for momentum in (0.01, 0.5, None, 0.0)))
+    old = recipe().set_batch_norms(network)
+    assert [layer.momentum for layer in network] == [0.1, 0.5, None, 0.0]
+    assert old == {network[0]: 0.01}
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 100])

@@ -160,6 +160,12 @@ def test_a_network_that_writes_over_its_input_gets_the_same_each_time(network):
     assert once == qbn.weight_sensitivity(network, given, bits=[4], forward_fn=spoil)
 
 
+@pytest.mark.parametrize("average", ["4", None, math.nan, -1])
+def test_a_size_is_a_number(average):
+    with pytest.raises(qbn.ConfigurationError, match="average must be"):
+        Sensitivity((LayerSensitivity("a", 2, 10, 20.0, None),)).propose_bits(average)
+
+
 def test_the_table_has_every_row(network):
     table = qbn.weight_sensitivity(network, batches(1), bits=[4], metric_fn=accuracy).table()
     assert table.row_count == len(weight_layers(network))
@@ -174,6 +180,8 @@ def test_wrong_settings_are_refused(network, wrong):
 def test_what_cannot_be_compared_is_said(network):
     with pytest.raises(qbn.ConfigurationError, match="gives a list"):
         qbn.weight_sensitivity(network, batches(), forward_fn=lambda net, batch: [net(batch[0])])
+    with pytest.raises(qbn.ConfigurationError, match="not finite"):
+        qbn.weight_sensitivity(network, [(torch.full((2, 1, 8, 8), torch.nan),)])
     with pytest.raises(qbn.UnsupportedNetworkError, match="no weight quantizers"):
         qbn.weight_sensitivity(MobileNet(), batches())
     with pytest.raises(qbn.ConfigurationError, match="no batch"):

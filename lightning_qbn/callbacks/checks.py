@@ -1,4 +1,4 @@
-"""What `QuantizationAwareTraining` and `BatchNormReestimation` are given, looked at before training."""
+"""What callbacks are given, looked at before training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_qbn.arguments import is_number, is_whole
@@ -25,6 +26,17 @@ def check_calibration(num_batches: Any, scale_lr: Any, seed: Any, forward_fn: An
         raise ConfigurationError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}.")
     if forward_fn is not None and not callable(forward_fn):
         raise ConfigurationError(f"forward_fn must be a function or None, found {forward_fn!r}.")
+
+
+def check_teaching(features: Any, teacher: Any, loss_fn: Any) -> None:
+    """Raise ConfigurationError where distillation is told something of the wrong kind."""
+    listed = isinstance(features, Iterable) and not isinstance(features, str)
+    if not listed or not all(isinstance(name, str) for name in features):
+        raise ConfigurationError(f"features must be a list of names of layers, found {features!r}.")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise ConfigurationError(f"teacher must be a network or None, found {teacher!r}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ConfigurationError(f"loss_fn must be a function or None, found {loss_fn!r}.")
 
 
 def check_gate(max_drop: float | None, metric: Metric | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import difflib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_qbn.arguments import is_number
+from lightning_qbn.callbacks.checks import check_teaching
 from lightning_qbn.callbacks.exported import exported_network
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.distillation import feature_distance, float_teacher, frozen, soft_cross_entropy
 from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.passes import copied
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -27,7 +30,7 @@ class Distillation(Callback):
     The teacher is the float network that training started from, in evaluation mode; checkpoints hold it, so that a
     resumed run has the same one. It sees the arguments of the quantized network, whatever ``training_step`` does with
     the outputs (Hinton et al., 2015, section 2; Mishra and Marr, "Apprentice", ICLR 2018, section 5.3, for quantized
-    students).
+    students). With manual optimization the loss must be no tensor that autograd keeps, such as that of a root.
 
     Args:
         weight: of the distance, from 0 to 1.
@@ -44,6 +47,7 @@ class Distillation(Callback):
         loss: the last distance.
     """
 
+    _quantized = False  # whether quantizers were calibrated before the training
     _compared = False  # whether the present batch has called the student
     _answer: Any = None  # of the teacher, to the arguments of the student's present call
 
@@ -57,10 +61,9 @@ class Distillation(Callback):
         loss_fn: LossFn | None = None,
     ) -> None:
         _check("weight", weight, 0, 1)
-        _check("temperature", temperature, 1e-3, math.inf)
-        _check("feature_weight", feature_weight, 0, math.inf)
-        if isinstance(features, str) or not all(isinstance(name, str) for name in features):
-            raise ConfigurationError(f"features must be a list of names of layers, found {features!r}.")
+        _check("temperature", temperature, 1e-3, 1e3)
+        _check("feature_weight", feature_weight, 0, sys.float_info.max)
+        check_teaching(features, teacher, loss_fn)
         self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
         self.features, self.loss_fn, self._given = tuple(features), loss_fn, teacher
         self.loss: Tensor | None = None
@@ -70,26 +73,38 @@ class Distillation(Callback):
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called first."""
+        """Called first, before quantizers are calibrated: a new training has a new teacher."""
         check_trainer(trainer, stage)
+        if stage == "fit" and not trainer.global_step:
+            self._saved = self._teacher = None
+            self._quantized = any(quantizer.is_calibrated for quantizer in quantizers(pl_module).values())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored: make the teacher, and listen to the student."""
         student = _student(trainer, pl_module)
-        self._teacher = (float_teacher(student) if self._given is None else frozen(self._given)).to(pl_module.device)
-        if self._given is None and self._saved is not None:
-            self._teacher.load_state_dict(self._saved)
-        elif self._given is None and trainer.global_step:
-            rank_zero_warn(
-                "The checkpoint holds no teacher, so Distillation takes the weights that training goes on with. Pass "
-                "the float network as teacher=...",
-                category=QuantizationWarning,
-            )
+        if self._teacher is None or self._saved is not None:  # else the same Trainer goes on, with the same teacher
+            self._teacher = self._make(student, trainer.global_step > 0).to(pl_module.device)
         for network in (student, self._teacher):
             for name in self.features:
                 self._handles.append(_layer(network, name).register_forward_hook(self._note_feature(network, name)))
         self._handles.append(student.register_forward_pre_hook(self._ask_teacher, with_kwargs=True))
         self._handles.append(student.register_forward_hook(self._compare))
+
+    def _make(self, student: nn.Module, resumed: bool) -> nn.Module:
+        if self._given is not None:
+            return frozen(self._given)
+        teacher = float_teacher(student)
+        if self._saved is not None:
+            teacher.load_state_dict(self._saved)
+            self._saved = None
+        elif resumed or self._quantized:
+            where = "The checkpoint holds no teacher" if resumed else "The network was quantized before this training"
+            rank_zero_warn(
+                f"{where}, so Distillation takes the weights that training goes on with. If they have been trained "
+                f"with quantizers, pass the float network as teacher=...",
+                category=QuantizationWarning,
+            )
+        return teacher
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a batch: what the student gives from now on is compared."""
@@ -209,9 +224,11 @@ def _layer(network: nn.Module, name: str) -> nn.Module:
     try:
         return network.get_submodule(name)
     except AttributeError as cause:
+        leaves = (n for n, m in network.named_modules() if not isinstance(m, FakeQuantize))
+        near = difflib.get_close_matches(name, leaves, n=3, cutoff=0.0)
         raise ConfigurationError(
             f"features has {name!r}, but {type(network).__name__} has no such layer. Names are written from the "
-            f"network, such as {[n for n, m in network.named_modules() if not list(m.children())][:4]}."
+            f"network. Nearest: {', '.join(near)}."
         ) from cause
 
 

@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qbn.arguments import is_number
+from lightning_qbn.callbacks.length import progress, steps_of
 from lightning_qbn.callbacks.order import check_trainer
-from lightning_qbn.errors import ConfigurationError
-from lightning_qbn.oscillation import OscillationTracker, add_dampening
+from lightning_qbn.errors import ConfigurationError, QuantizationWarning
+from lightning_qbn.layers import WeightQuantized
+from lightning_qbn.oscillation import OscillationTracker, add_dampening, computed_weights
 
 _AGGREGATIONS = ("kernel_mean", "sum")
 
@@ -20,7 +23,8 @@ class OscillationTracking(Callback):
     """Track how many weights have integers that change back and forth, and log it once an epoch.
 
     Logged is ``oscillating``, the share over all weights; ``shares`` has it layer by layer. Integers depend on the
-    weights alone, which are the same on all ranks.
+    weights alone, which are the same on all ranks. A new training begins with nothing known; a resumed one, or the same
+    Trainer once more, goes on.
 
     Args:
         momentum: of the moving average of how often an integer changes back, per optimizer step.
@@ -39,11 +43,14 @@ class OscillationTracking(Callback):
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called first."""
+        """Called first: nothing is known of a training that has not begun."""
         check_trainer(trainer, stage)
+        if stage == "fit" and not trainer.global_step:
+            self.tracker, self.shares = OscillationTracker(self.tracker.momentum), {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
+        _check_quantized(pl_module, self)
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -92,20 +99,22 @@ class WeightFreezing(OscillationTracking):
     def __init__(self, start: float = 0.1, end: float = 0.02, begin: float = 0.25, momentum: float = 0.01) -> None:
         super().__init__(momentum)
         _check_share("begin", begin)
-        if not 0 < end <= start <= 1:
+        if not is_number(start, 0, 1) or not is_number(end, 0, start) or end == 0:
             raise ConfigurationError(f"Thresholds must fall from at most 1 to above 0, found {start!r} to {end!r}.")
         self.start, self.end, self.begin = start, end, begin
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
         super().on_train_start(trainer, pl_module)
-        self._total = _steps(trainer, self)
+        self._total = steps_of(trainer, self)
+        self._skipped = _computed(pl_module, "are not frozen")
 
     def stepped(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze, and put what is frozen back on its integers."""
-        progress = _progress(trainer, self.begin, self._total)
-        if progress is not None:
-            self.tracker.freeze(self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2)
+        over = progress(trainer, self.begin, self._total)
+        if over is not None:
+            threshold = self.end + (self.start - self.end) * (1 + math.cos(math.pi * over)) / 2
+            self.tracker.freeze(threshold, self._skipped)
             self.tracker.hold(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,13 +157,15 @@ class OscillationDampening(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
-        self._total = _steps(trainer, self)
+        _check_quantized(pl_module, self)
+        self._total = steps_of(trainer, self)
+        _computed(pl_module, "are not dampened")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called with the gradients complete."""
-        progress = _progress(trainer, self.begin, self._total)
-        if progress is not None:
-            strength = self.strength * (1 - math.cos(math.pi * progress)) / 2
+        over = progress(trainer, self.begin, self._total)
+        if over is not None:
+            strength = self.strength * (1 - math.cos(math.pi * over)) / 2
             weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self.loss = add_dampening(pl_module, strength, self.aggregation, weights)
 
@@ -164,20 +175,24 @@ class OscillationDampening(Callback):
             pl_module.log("dampening_loss", self.loss.to(pl_module.device), rank_zero_only=True)
 
 
-def _steps(trainer: Trainer, callback: Callback) -> int:
-    steps = trainer.estimated_stepping_batches
-    if not math.isfinite(steps):
+def _check_quantized(module: LightningModule, callback: Callback) -> None:
+    if not any(isinstance(layer, WeightQuantized) for layer in module.modules()):
         raise ConfigurationError(
-            f"{type(callback).__name__} goes by how much of training is over, and this training has no end. Give the "
-            f"Trainer max_epochs or max_steps."
+            f"{type(callback).__name__} goes by the integers of weights, and {type(module).__name__} has no quantized "
+            f"weight. Put QuantizationAwareTraining(config) before it in the Trainer's callbacks."
         )
-    return int(steps)
 
 
-def _progress(trainer: Trainer, begin: float, steps: int) -> float | None:
-    """How much is over of what comes after ``begin``; None before."""
-    first = begin * steps
-    return min((trainer.global_step - first) / max(steps - first, 1), 1.0) if trainer.global_step >= first else None
+def _computed(module: LightningModule, left: str) -> list[str]:
+    """Names of layers whose weight is computed, which are said to be left as they are."""
+    names = computed_weights(module)
+    if names:
+        rank_zero_warn(
+            f"Weights that are computed in every pass, by pruning or a parametrization, {left}: {names[:3]} "
+            f"({len(names)} in all).",
+            category=QuantizationWarning,
+        )
+    return names
 
 
 def _check_share(name: str, value: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from rich.console import Console
+from torch import nn
 from torch.optim import Optimizer
 
+from lightning_qbn.callbacks.length import steps_of
 from lightning_qbn.callbacks.order import check_trainer
 from lightning_qbn.callbacks.oscillation import WeightFreezing
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
@@ -35,8 +35,8 @@ class FollowRecipe(Callback):
     """Give the optimizers that a module configures the rates, schedule and weight decay of a `QATRecipe`.
 
     The module stays as it was for float training: parameter groups keep the proportions of their rates, its schedulers
-    give way to warm-up and cosine over the steps of this run, and batch-norms get the recipe's momentum. Resumed runs
-    go on with the rates of the checkpoint.
+    give way to warm-up and cosine over the steps of this run, and batch-norms have the recipe's momentum while they
+    train. Resumed runs go on with the rates of the checkpoint.
 
     Args:
         recipe: from `QATRecipe.from_float`.
@@ -50,6 +50,7 @@ class FollowRecipe(Callback):
         if not isinstance(recipe, QATRecipe):
             raise ConfigurationError(f"recipe must be a QATRecipe, such as from_float gives; found {recipe!r}.")
         self.recipe, self.show = recipe, show
+        self._momenta: dict[nn.Module, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first."""
@@ -62,20 +63,38 @@ class FollowRecipe(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when optimizers exist and have no state yet."""
-        steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ConfigurationError(
-                "FollowRecipe lets the learning rate fall to 0 at the end, and this training has none. Give the "
-                "Trainer max_epochs=recipe.epochs."
-            )
-        self.recipe.set_batch_norms(pl_module)
+        steps = steps_of(trainer, self)
+        if trainer.ckpt_path is None:  # the same Trainer once more
+            steps -= trainer.global_step
+        self._momenta = self.recipe.set_batch_norms(pl_module)
         for optimizer in trainer.optimizers:
+            _forget_cycled_momentum(optimizer)
             self.recipe.set_rates(optimizer.param_groups, _with_own_rate(trainer, pl_module, optimizer))
         trainer.lr_scheduler_configs[:] = [
-            LRSchedulerConfig(warmup_cosine(optimizer, int(steps)), interval="step") for optimizer in trainer.optimizers
+            LRSchedulerConfig(warmup_cosine(optimizer, steps), interval="step") for optimizer in trainer.optimizers
         ]
         if self.show:
             _print(self.recipe)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called at the end of every stage."""
+        self._put_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when training breaks off."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for norm, momentum in self._momenta.items():
+            norm.momentum = momentum  # type: ignore[assignment]
+        self._momenta = {}
+
+
+def _forget_cycled_momentum(optimizer: Optimizer) -> None:
+    """A schedule of one cycle has begun with another momentum than the optimizer's own."""
+    for group in optimizer.param_groups:
+        if "base_momentum" in group:
+            group.update({key: optimizer.defaults[key] for key in ("momentum", "betas") if key in group})
 
 
 def _with_own_rate(trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> list[dict[str, object]]:

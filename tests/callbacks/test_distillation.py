@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -217,6 +218,36 @@ def test_a_checkpoint_without_a_teacher_is_said(make_trainer, tmp_path):
         trainer.fit(Direct(lr=0.05), train_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
 
 
+def test_another_training_has_another_teacher(make_trainer, tmp_path):
+    used = Distillation()
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    fit(make_trainer, used, saving, max_epochs=1, enable_checkpointing=True)
+    resumed = make_trainer(qat(), used, max_epochs=2)  # it has loaded a teacher
+    resumed.fit(Direct(lr=0.05), train_loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    torch.manual_seed(5)
+    other, same = Direct(lr=0.05), Direct(lr=0.05)
+    same.load_state_dict(other.state_dict())
+    for module, teaching in ((other, used), (same, Distillation())):
+        torch.manual_seed(0)
+        make_trainer(qat(), teaching, max_epochs=1).fit(module, train_loader())
+    assert_same(state(other), state(same))
+
+
+def test_a_network_that_was_quantized_before_is_no_float_teacher(make_trainer):
+    module, _ = fit(make_trainer, Distillation(), max_epochs=1)
+    with pytest.warns(QuantizationWarning, match="quantized before this training"):
+        make_trainer(qat(), Distillation(), max_epochs=1).fit(module, train_loader())
+
+
+def test_the_same_trainer_goes_on_with_the_same_teacher(make_trainer):
+    teaching = Distillation()
+    module, trainer = fit(make_trainer, teaching, max_epochs=1)
+    before = copy.deepcopy(teaching.state_dict()["teacher"])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, train_loader(), val_loader())
+    assert_same(before, teaching.state_dict()["teacher"])
+
+
 def test_nothing_is_left_in_the_module(make_trainer):
     module, _ = fit(make_trainer, Distillation(), max_epochs=1)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -224,7 +255,18 @@ def test_nothing_is_left_in_the_module(make_trainer):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"weight": 2}, {"weight": True}, {"temperature": 0}, {"feature_weight": -1}, {"features": "stem"}]
+    "wrong",
+    [
+        {"weight": 2},
+        {"weight": True},
+        {"temperature": 0},
+        {"temperature": math.inf},
+        {"feature_weight": -1},
+        {"features": "stem"},
+        {"features": None},
+        {"teacher": "resnet"},
+        {"loss_fn": 3},
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qbn import (
     BatchNormReestimation,
@@ -17,6 +19,7 @@ from lightning_qbn import (
     QATSchedule,
     QuantizationAwareTraining,
     QuantizationConfig,
+    QuantizationWarning,
     QuantizedExport,
     WeightFreezing,
     integer_weights,
@@ -24,7 +27,7 @@ from lightning_qbn import (
 from lightning_qbn.layers import weight_layers
 from lightning_qbn.oscillation import OscillationTracker
 
-from .conftest import Direct, Inside, assert_same, state, train_loader, val_loader
+from .conftest import Direct, Inside, Pictures, assert_same, state, train_loader, val_loader
 
 CONFIG = QuantizationConfig(weight_bits=2)
 
@@ -146,6 +149,77 @@ def test_training_without_an_end(make_trainer, make):
         make_trainer(qat(), make(), max_epochs=-1).fit(Direct(), train_loader())
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(Pictures())
+
+
+@pytest.mark.parametrize("make", [OscillationDampening, WeightFreezing])
+def test_a_loader_without_a_length(make_trainer, make):
+    loader = DataLoader(Endless(), batch_size=8)
+    with pytest.raises(ConfigurationError, match=f"{make.__name__}.*limit_train_batches or max_steps"):
+        make_trainer(qat(), make(), max_epochs=2).fit(Direct(), loader)
+    trainer = make_trainer(qat(), make(), max_steps=4, max_epochs=-1)
+    trainer.fit(Direct(), loader)
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("make", [OscillationTracking, OscillationDampening, WeightFreezing])
+def test_without_quantizers_there_is_nothing_to_do(make_trainer, make):
+    with pytest.raises(ConfigurationError, match=f"{make.__name__}.*no quantized weight"):
+        make_trainer(make(), max_epochs=1).fit(Direct(), train_loader(), val_loader())
+
+
+@pytest.mark.parametrize(("make", "left"), [(OscillationDampening, "dampened"), (WeightFreezing, "frozen")])
+def test_pruned_weights_are_named(make_trainer, make, left):
+    module = Direct()
+    prune.l1_unstructured(module.conv, "weight", 0.5)
+    with pytest.warns(QuantizationWarning, match=rf"not {left}: \['conv'\]"):
+        make_trainer(qat(), make(), max_epochs=1).fit(module, train_loader(), val_loader())
+
+
+class TwoByHand(Direct):
+    """Two optimizers, each stepped in every batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        head = list(self.head.parameters())
+        others = [p for n, p in self.named_parameters() if not n.startswith("head")]
+        return torch.optim.SGD(others, 0.05), torch.optim.SGD(head, 0.05)
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 4}, {"max_epochs": -1, "max_steps": 48}])
+def test_two_optimizers_do_not_make_training_shorter(make_trainer, monkeypatch, end):
+    from lightning_qbn.callbacks import oscillation
+
+    found = []
+    original = oscillation.progress
+    monkeypatch.setattr(oscillation, "progress", lambda *args: found.append(original(*args)) or found[-1])
+    trainer = make_trainer(qat(), WeightFreezing(begin=0.5), **end)
+    trainer.fit(TwoByHand(), train_loader(), val_loader())
+    assert found == pytest.approx([None] * 11 + [step / 12 for step in range(13)])
+
+
+@pytest.mark.parametrize("make", [lambda: WeightFreezing(0.4, 0.01, 0.1, 0.2), lambda: OscillationTracking(0.2)])
+def test_another_training_begins_with_nothing_known(make_trainer, make):
+    used = make()
+    fit(make_trainer, used, bits=4, lr=0.3, max_epochs=4)
+    assert used.tracker.share(frozen=isinstance(used, WeightFreezing)) > 0
+    again, _ = fit(make_trainer, used, max_epochs=2)
+    new, _ = fit(make_trainer, make(), max_epochs=2)
+    assert_same(state(again), state(new))
+    assert list(used.shares) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -154,6 +228,8 @@ def test_training_without_an_end(make_trainer, make):
         (lambda: OscillationDampening(begin=1), "begin"),
         (lambda: OscillationDampening(aggregation="mean"), "aggregation"),
         (lambda: WeightFreezing(0.01, 0.1), "Thresholds"),
+        (lambda: WeightFreezing("0.1"), "Thresholds"),
+        (lambda: WeightFreezing(end=0), "Thresholds"),
         (lambda: WeightFreezing(begin=True), "begin"),
         (lambda: OscillationTracking(0), "momentum"),
     ],

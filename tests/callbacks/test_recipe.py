@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qbn import (
     BatchNormReestimation,
@@ -18,7 +19,7 @@ from lightning_qbn import (
 )
 from lightning_qbn.fake_quantize import quantizers
 
-from .conftest import Direct, assert_same, state, train_loader, val_loader
+from .conftest import Direct, Pictures, assert_same, state, train_loader, val_loader
 
 CONFIG = QuantizationConfig(weight_bits=4)
 RECIPE = QATRecipe.from_float(CONFIG, epochs=10, peak_lr=0.5, weight_decay=1e-3)  # 2 epochs, 0.05
@@ -101,6 +102,48 @@ def test_a_resumed_run_is_as_one_run(make_trainer, tmp_path):
     assert_same(state(whole), state(resumed))
 
 
+def test_the_same_trainer_once_more_ends_at_zero_again(make_trainer):
+    module, trainer, rates = fit(make_trainer)
+    rates.seen.clear()
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, train_loader(), val_loader())
+    assert [group[0] for group in rates.seen] == pytest.approx(expected(6))
+
+
+def test_a_loader_without_a_length_is_refused(make_trainer):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(Pictures())
+
+    trainer = make_trainer(QuantizationAwareTraining(CONFIG), FollowRecipe(RECIPE, False), max_epochs=2)
+    with pytest.raises(ConfigurationError, match="limit_train_batches or max_steps"):
+        trainer.fit(Scheduled(), DataLoader(Endless(), batch_size=8))
+
+
+class OneCycle(Direct):
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.9, betas=(0.8, 0.99))
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.9, total_steps=100)]
+
+
+def test_a_cycle_leaves_no_momentum_behind(make_trainer):
+    _, trainer, rates = fit(make_trainer, module=OneCycle)
+    assert [group[0] for group in rates.seen] == pytest.approx(expected(12))
+    assert all(group["betas"] == (0.8, 0.99) for group in trainer.optimizers[0].param_groups)
+
+
+class EpochStepped(Scheduled):
+    """Steps its scheduler by epochs, as timm's schedulers want it."""
+
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step(epoch=self.current_epoch)
+
+
+def test_a_module_that_steps_by_epochs_is_stepped_by_steps(make_trainer):
+    _, _, rates = fit(make_trainer, module=EpochStepped)
+    assert [group[0] for group in rates.seen] == pytest.approx(expected(12))
+
+
 def test_batch_norms_have_the_momentum(make_trainer):
     class Slow(Scheduled):
         def __init__(self):
@@ -109,8 +152,24 @@ def test_batch_norms_have_the_momentum(make_trainer):
                 if isinstance(layer, nn.BatchNorm2d):
                     layer.momentum = 0.01
 
-    model, _, _ = fit(make_trainer, module=Slow)
-    assert {layer.momentum for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)} == {0.1}
+    def momenta(module):
+        return {layer.momentum for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert momenta(pl_module) == {0.1}
+
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.module = pl_module
+            raise ValueError("on purpose")
+
+    model, _, _ = fit(make_trainer, module=Slow, more=(Look(),))
+    assert momenta(model) == {0.01}
+    breaking = Break()
+    with pytest.raises(ValueError, match="on purpose"):
+        fit(make_trainer, module=Slow, more=(breaking,))
+    assert momenta(breaking.module) == {0.01}
 
 
 def test_with_the_whole_suite(make_trainer):

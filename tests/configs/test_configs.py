@@ -89,6 +89,13 @@ def test_what_is_set_stands_above_the_recipe(tmp_path):
     assert "oscillating ones freeze" not in [rule.value for rule in callbacks[1].recipe.rules]
 
 
+def test_a_run_without_quantizers_has_the_rates_of_the_recipe(tmp_path):
+    cfg = composed(tmp_path, "callbacks.quantization=null")
+    recipe, callbacks = derived.fill(cfg), [instantiate(cfg.callbacks.reestimation)]
+    derived.insert(recipe, callbacks)
+    assert [type(callback).__name__ for callback in callbacks] == ["FollowRecipe", "BatchNormReestimation"]
+
+
 def test_observed_ranges_stop_where_the_recipe_says(tmp_path):
     cfg = composed(tmp_path, "quantization.scale=observed", "qat.epochs=4")
     derived.fill(cfg)
@@ -122,9 +129,43 @@ def test_without_a_recipe_everything_has_to_be_set(tmp_path):
 
 
 def test_an_optimizer_of_ones_own_gets_the_rate(tmp_path):
-    cfg = composed(tmp_path, "qat.optimizer._target_=torch.optim.SGD", "+qat.optimizer.momentum=0.9")
+    other = ["qat.optimizer._target_=torch.optim.SGD", "+qat.optimizer.momentum=0.9"]
+    with pytest.raises(ConfigurationError, match=r"Set qat\.optimizer\.lr as well"):
+        derived.fill(composed(tmp_path, *other))  # 0.0005 would be a rate for Adam
+    cfg = composed(tmp_path, *other, "qat.optimizer.lr=0.02")
     derived.fill(cfg)
-    assert cfg.qat.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "momentum": 0.9, "lr": 5e-4}
+    assert cfg.qat.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "momentum": 0.9, "lr": 0.02}
+
+
+def test_observed_ranges_of_a_schedule_in_steps_are_left_to_the_user(tmp_path):
+    in_steps = ["quantization.scale=observed", "qat.schedule.unit=step"]
+    with pytest.raises(ConfigurationError, match="the step from which observed ranges stay"):
+        derived.fill(composed(tmp_path, *in_steps))
+    cfg = composed(tmp_path, *in_steps, "qat.schedule.freeze_observers_at=70")
+    derived.fill(cfg)
+    assert cfg.qat.schedule.freeze_observers_at == 70
+
+
+def test_observed_ranges_move_after_epochs_in_float(tmp_path):
+    cfg = composed(tmp_path, "quantization.scale=observed", "qat.epochs=8", "qat.schedule.float_epochs=4")
+    derived.fill(cfg)
+    assert cfg.qat.schedule.freeze_observers_at == 7
+
+
+@pytest.mark.parametrize("base", [[], ["qat=short"]])
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("qat.epochs=0", "at least 1, found 0"),
+        ("qat.epochs=1.5", r"found 1\.5"),
+        ("qat.epochs=-1", "found -1"),
+        ("qat.schedule=null", r"qat\.schedule is null"),
+        ("qat.optimizer=null", r"qat\.optimizer is null"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before(tmp_path, base, override, word):
+    with pytest.raises(ConfigurationError, match=word):
+        derived.fill(composed(tmp_path, *base, override))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*treespec, LeafSpec.*")
