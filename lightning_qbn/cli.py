@@ -1,4 +1,4 @@
-"""The command ``lightning-qbn``: the main job, and what can be done with its results: ``export``, ``evaluate``."""
+"""The command ``lightning-qbn``: the main job, and what follows it: ``export``, ``evaluate``, ``collect``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command that the first word names; without one of them, the main job."""
-    commands = {"train": train, "export": export, "evaluate": evaluate}
+    commands = {"train": train, "export": export, "evaluate": evaluate, "collect": collect}
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in commands:
         del sys.argv[1]
@@ -36,6 +36,14 @@ def evaluate(cfg: DictConfig) -> float:
     from lightning_qbn.commands import evaluate
 
     return evaluate(cfg)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_qbn.configs", config_name="collect")
+def collect(cfg: DictConfig) -> None:
+    """Print a table over finished runs, and write it and a picture."""
+    from lightning_qbn.commands import collect
+
+    collect(cfg)
 
 
 if __name__ == "__main__":

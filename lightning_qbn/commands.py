@@ -1,4 +1,4 @@
-"""What can be done with the results of a run: export it once more, measure an exported file."""
+"""What can be done with the results of runs: export one once more, measure an exported file, set runs side by side."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from lightning_qbn.export.targets import Form
 from lightning_qbn.files import check_file, check_writable, write_text
 from lightning_qbn.folding import fold_batch_norms
 from lightning_qbn.passes import default_forward, quiet
+from lightning_qbn.sweeps import summarize
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -82,6 +83,15 @@ def export(cfg: DictConfig) -> float:
     for written in files.values():
         Console().print(f"wrote {written}", highlight=False)
     return _evaluate(cfg, files["onnx"], name, loader) if "onnx" in files else float("nan")
+
+
+def collect(cfg: DictConfig) -> None:
+    """Make the table, the CSV file and the picture of all runs in ``cfg.dir``, a folder or a list of them.
+
+    They are written into the folder, or into that of this command where there are several.
+    """
+    folders = [Path(name) for name in ([cfg.dir] if isinstance(cfg.dir, str) else cfg.dir)]
+    summarize(folders, folders[0] if len(folders) == 1 else Path(cfg.paths.output_dir))
 
 
 def _judge(bounds: Bounds, found: float, saved: dict[str, Any]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -31,6 +34,7 @@ from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import atomic, check_writable
 from lightning_qbn.insertion import insert_quantizers
 from lightning_qbn.recipe import QATRecipe
+from lightning_qbn.sweeps import done_before
 
 # What of the trainer's settings changes no weight of the float network.
 _COSMETIC = {
@@ -61,6 +65,10 @@ def run(cfg: DictConfig) -> float | None:
     callbacks: list[Callback] = [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
     if recipe is not None:
         derived.insert(recipe, callbacks)
+    done = done_before(cfg)
+    if done is not None:
+        _say(f"Done before: {cfg.paths.output_dir}")
+        return _objective(done["accuracy"])
     data: LightningDataModule = instantiate(cfg.data)
     _rehearse(cfg, callbacks)
     resumes = cfg.ckpt_path is not None and CHECKPOINT_KEY in load_file(cfg.ckpt_path)
@@ -77,7 +85,12 @@ def run(cfg: DictConfig) -> float | None:
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if resumes else None, weights_only=True)
     _say(f"Everything is in {cfg.paths.output_dir}")
     _fail_if_refused(callbacks)
-    return report.record.accuracy.get("after_reestimation") if report is not None else None
+    return _objective(report.record.accuracy) if report is not None else None
+
+
+def _objective(accuracy: dict[str, float | None]) -> float | None:
+    """What a sweep maximizes: the accuracy of the network that ships."""
+    return accuracy.get("after_reestimation")
 
 
 def _fail_if_refused(callbacks: list[Callback]) -> None:
@@ -153,13 +166,23 @@ def _float_weights(cfg: DictConfig, data: LightningDataModule) -> Path:
     if path.is_file():
         _say(f"Float network from {path}")
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Jobs side by side train it once. The processes of one job train it together, and must not wait for each other.
+    alone = "LOCAL_RANK" not in os.environ
+    with FileLock(path.with_suffix(".lock")) if alone else nullcontext():
+        if alone and path.is_file():
+            _say(f"Float network from {path}")
+        else:
+            _train_float(cfg, data, path)
+    return path
+
+
+def _train_float(cfg: DictConfig, data: LightningDataModule, path: Path) -> None:
     _say(f"Float training, {cfg.model.epochs} epochs")
-    module = _module(cfg, cfg.model)
     trainer = _plain_trainer(cfg, cfg.model.epochs, [])
-    trainer.fit(module, datamodule=data)
+    trainer.fit(_module(cfg, cfg.model), datamodule=data)
     with atomic(path) as temporary:
         trainer.save_checkpoint(temporary)
-    return path
 
 
 def float_key(cfg: DictConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +58,31 @@ def plot_curve(points: Sequence[dict[str, Any]], metric: str) -> Figure:
     panel.set_xlabel("epochs", color=_INK)
     panel.set_ylabel(_literal(metric), color=_INK)
     panel.legend(frameon=False, labelcolor=_INK)
+    _plain(panel)
+    return figure
+
+
+def plot_sweep(series: dict[str, list[dict[str, Any]]], metric: str) -> Figure:
+    """The metric against epochs, before re-estimation (dashed) and after it, a colour for each series.
+
+    Args:
+        series: points with ``epoch``, ``before`` and ``after``, by label. Where several points have the same epoch,
+            such as those of several seeds, the line goes through their mean.
+        metric: its name.
+    """
+    figure = _figure(7, 4)
+    panel = figure.subplots()
+    for index, (label, points) in enumerate(sorted(series.items())):
+        epochs = sorted({point["epoch"] for point in points})
+        for key, style, marker in (("before", "--", "o"), ("after", "-", "s")):
+            means = [fmean(p[key] for p in points if p["epoch"] == epoch) for epoch in epochs]
+            name = f"{label}, {key} re-estimation"
+            panel.plot(epochs, means, style, color=f"C{index}", label=name)
+            panel.plot([p["epoch"] for p in points], [p[key] for p in points], marker, color=f"C{index}", markersize=4)
+    panel.set_xticks(sorted({point["epoch"] for points in series.values() for point in points}))
+    panel.set_xlabel("epochs of quantization-aware training", color=_INK)
+    panel.set_ylabel(_literal(metric), color=_INK)
+    panel.legend(frameon=False, labelcolor=_INK, fontsize=8)
     _plain(panel)
     return figure
 

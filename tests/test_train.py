@@ -108,6 +108,25 @@ def test_sweep_trains_the_float_network_once(tmp_path):
     assert len(list(tmp_path.glob("logs/float/*.ckpt"))) == 1
 
 
+def test_a_sweep_sums_up_its_runs_goes_on_where_it_was_and_loses_none_to_a_failed_one(tmp_path):
+    words = ["-m", *FAST, "callbacks.export=null", "qat=short", "hydra.sweep.dir=sweep"]
+    bits = "quantization.weight_bits=2,9,4"
+    first = cli(tmp_path, *words, bits, check=False)
+    assert first.returncode == 1
+    assert "left out: 1: ConfigurationError: weight_bits must be" in first.stdout
+    assert {path.name for path in (tmp_path / "sweep").glob("sweep.*")} == {"sweep.csv", "sweep.png"}
+    table = (tmp_path / "sweep/sweep.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in table] == ["quantization.weight_bits", "2", "4"]
+    (tmp_path / "sweep/2/report.json").unlink()  # as if it had been interrupted
+    (tmp_path / "sweep/sweep.csv").unlink()
+    again = cli(tmp_path, *words, bits, check=False)
+    assert again.stdout.count("Done before") == 1
+    assert again.stdout.count("Quantization-aware training") == 1
+    assert (tmp_path / "sweep/sweep.csv").read_text().splitlines() == table
+    other = cli(tmp_path, *words, "quantization.weight_bits=3,4", check=False)
+    assert "holds another run" in other.stderr + other.stdout
+
+
 def test_resume_and_float_checkpoints(tmp_path):
     cli(tmp_path, *FAST, "hydra.run.dir=first")
     (weights,) = tmp_path.glob("logs/float/*.ckpt")
