@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qbn.accumulators import Accumulator
 from lightning_qbn.convolution import WEIGHT_LAYERS
 from lightning_qbn.drift import write
 from lightning_qbn.errors import ReestimationError
@@ -27,6 +28,7 @@ class Layer:
     def __init__(self, name: str, module: nn.Module, estimator: Estimator) -> None:
         self.name, self.module, self.estimator = name, module, estimator
         self.depthwise = False
+        self.accumulator: Accumulator | None = None  # for which the new mean is rounded
         self.restart()
 
     def restart(self) -> None:
@@ -93,6 +95,8 @@ class Layer:
         self.done = True
         if len(self.series):
             self.write(*self.estimator(self.series))
+            if self.accumulator is not None:
+                self.accumulator.round_mean(self.module)
 
 
 class Jointly:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
+from lightning_qbn.accumulators import accumulators
 from lightning_qbn.advice import recommend, say, warn
 from lightning_qbn.arguments import is_number
 from lightning_qbn.collection import Jointly, Layer, quantile_of_errors
@@ -40,6 +41,7 @@ class Settings:
     estimator: Literal["mean_of_batches", "population"] | None = None
     tolerance: float | None = None
     memory_gib: float = 2.0
+    whole_biases: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in _DEFAULT_ESTIMATOR:
@@ -51,6 +53,12 @@ class Settings:
             raise ReestimationError(f"tolerance must be positive or None, found {self.tolerance!r}.")
         if not is_number(self.memory_gib, 0):
             raise ReestimationError(f"memory_gib must be 0 or more, found {self.memory_gib!r}.")
+        if not isinstance(self.whole_biases, bool):
+            raise ReestimationError(f"whole_biases must be True or False, found {self.whole_biases!r}.")
+        if self.whole_biases and self.mode != "sequential":
+            raise ReestimationError(
+                "whole_biases=True needs mode='sequential', in which the layers below see what the rounding changes."
+            )
 
     @property
     def chosen_estimator(self) -> str:
@@ -68,6 +76,7 @@ def reestimate_batch_norms(
     forward_fn: ForwardFn | None = None,
     memory_gib: float = 2.0,
     recalibrate_ranges: bool = False,
+    whole_biases: bool = False,
 ) -> Reestimation:
     """Replace the running statistics of every batch-norm by those of a sample of training data.
 
@@ -101,6 +110,10 @@ def reestimate_batch_norms(
         recalibrate_ranges: re-estimate, then choose the ranges of activations anew that were observed and
             not learned, then re-estimate again. It helps where they were chosen under stale statistics. The
             batches are kept in memory.
+        whole_biases: sequential mode: move each new mean by at most half a step of the layer's int32 accumulator, so
+            that the bias which folding makes of it is a whole number of steps. The exported file then rounds no bias,
+            and layers below have the statistics of exactly what it computes, which matters where activations have
+            few bits.
 
     Returns:
         The drift of every layer, and the way back.
@@ -116,7 +129,7 @@ def reestimate_batch_norms(
     3
     """
     check_num_batches(num_batches, ReestimationError)
-    settings = Settings(mode, estimator, tolerance, memory_gib)
+    settings = Settings(mode, estimator, tolerance, memory_gib, whole_biases)
     if not recalibrate_ranges:
         return _reestimate(network, batches, num_batches, settings, forward_fn)
     kept: list[Any] = []
@@ -141,6 +154,9 @@ def _reestimate(
         return Reestimation(network, [], 0, None, skipped, {})
     layers = {name: Layer(name, bn, ESTIMATORS[settings.chosen_estimator]) for name, bn in found.items()}
     old = {name: layer.read() for name, layer in layers.items()}
+    for name, accumulator in (accumulators(network) if settings.whole_biases else {}).items():
+        if name in layers:
+            layers[name].accumulator = accumulator
     try:
         with quiet(network):
             used = _collect(network, layers, batches, num_batches, settings, forward_fn)

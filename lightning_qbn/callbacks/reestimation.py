@@ -54,6 +54,7 @@ class BatchNormReestimation(Callback):
         loader: batches to use instead of the train loader's, such as without augmentation.
         checkpoint: ``"best"`` loads the best checkpoint of the Trainer's ModelCheckpoint at the end of training and
             goes on with its weights, which `QuantizedExport` exports then; ``"last"`` stays with those of the end.
+        whole_biases: means for which the exported file rounds no bias, see `reestimate_batch_norms`.
 
     Raises:
         ReestimationError: a setting is wrong.
@@ -90,12 +91,13 @@ class BatchNormReestimation(Callback):
         recalibrate_ranges: bool = False,
         loader: Iterable[Any] | None = None,
         checkpoint: Literal["last", "best"] = "last",
+        whole_biases: bool = False,
     ) -> None:
         check_num_batches(num_batches, ReestimationError)
         flags = {"before_validation": before_validation, "recalibrate_ranges": recalibrate_ranges}
         check_kinds(metric, seed, loader, checkpoint, flags, {"forward_fn": forward_fn, "target_fn": target_fn})
         check_gate(max_drop, metric)
-        settings = Settings(mode, estimator, tolerance, memory_gib)
+        settings = Settings(mode, estimator, tolerance, memory_gib, whole_biases)
         self._trial = Trial(num_batches, settings, recalibrate_ranges, metric, forward_fn, target_fn, seed, loader)
         self.before_validation, self.max_drop, self.checkpoint = before_validation, max_drop, checkpoint
         self.at_epochs = check_epochs(at_epochs, metric)
@@ -248,14 +250,6 @@ class BatchNormReestimation(Callback):
         """Add a point to the curve; the module is as it was."""
         if not batch_norms(module):
             return
-        before = self._trial.measure(trainer, module)
-        result = self._validated  # after an epoch's own validation, that is what we want
-        if result is None:
-            result = self._estimate(trainer, module)
-        try:
-            result.redo()
-            after = self._trial.measure(trainer, module)
-        finally:
-            result.undo()
-        self.curve.append(CurvePoint(epoch, before, after, result.num_batches, result.standard_error))
-        log(trainer, result, before, after)
+        point, result = self._trial.point(trainer, module, epoch, self._validated)
+        self.curve.append(point)
+        log(trainer, result, point.before, point.after)

@@ -84,7 +84,29 @@ class Trial:
                 forward_fn=forward_of(module, self.forward_fn),
                 memory_gib=self.settings.memory_gib,
                 recalibrate_ranges=self.recalibrate_ranges,
+                whole_biases=self.settings.whole_biases,
             )
+
+    def point(
+        self, trainer: Trainer, module: LightningModule, epoch: int, result: Reestimation | None
+    ) -> tuple[CurvePoint, Reestimation]:
+        """What re-estimation would change now; the module is as it was.
+
+        Args:
+            trainer: in the middle of its run.
+            module: what it trains.
+            epoch: epochs done.
+            result: of an epoch's own validation, where there was one.
+        """
+        before = self.measure(trainer, module)
+        if result is None:
+            result = self.reestimate(trainer, module, frozen_batch_norms(trainer, batch_norms(module)))
+        try:
+            result.redo()
+            after = self.measure(trainer, module)
+        finally:
+            result.undo()
+        return CurvePoint(epoch, before, after, result.num_batches, result.standard_error), result
 
     def check_batch(self, batch: Any) -> None:
         """Raise in a first training batch, not after the last, where batches have a form that needs forward_fn."""

@@ -7,7 +7,6 @@ int32 number of steps of ``input scale * weight scale``, as integer hardware hol
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,11 +16,8 @@ from lightning_qbn.convolution import WeightLayer, apply_weight, channel_view, i
 from lightning_qbn.errors import ExportError
 from lightning_qbn.export.operators import dequantize, quantize_dequantize
 from lightning_qbn.fake_quantize import FakeQuantize
-from lightning_qbn.insertion import quantized_networks
-from lightning_qbn.kinds import kind
 from lightning_qbn.layers import IntegerWeight, check_dims, in_form, weight_layers
-from lightning_qbn.rewriting import QuantizedNetwork
-from lightning_qbn.tracing import join
+from lightning_qbn.sources import Source, input_sources
 
 REPEATED = "repeated_quantizer"
 _NEGLIGIBLE_SHARE = 2.0**-9  # of the bias: half a step of an 8-bit output that reaches as far as the bias
@@ -94,9 +90,7 @@ def deploy(folded: nn.Module, unsigned: bool = False, int32_bias: bool = True) -
         )
     deployed = copy.deepcopy(folded)
     deployed.eval()
-    sources: dict[str, _Source] = {}
-    for prefix, root in quantized_networks(deployed).items():
-        sources |= {join(prefix, name): source for name, source in _sources(root).items()}
+    sources = input_sources(deployed)
     for name, module in list(deployed.named_modules()):
         if isinstance(module, IntegerWeight):
             _deploy_layer(name, module, sources.get(name), unsigned, int32_bias)
@@ -107,36 +101,7 @@ def deploy(folded: nn.Module, unsigned: bool = False, int32_bias: bool = True) -
     return deployed
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The quantizer of a layer's input, and whether it stands directly before the layer."""
-
-    quantizer: FakeQuantize
-    direct: bool
-
-
-def _sources(root: QuantizedNetwork) -> dict[str, _Source]:
-    """Weight layers to the quantizer of their input, where there is one: the same for all calls of the layer."""
-    modules = dict(root.named_modules())
-    found: dict[str, _Source] = {}
-    conflicting = set()
-    for node in root.traced.eval.nodes:
-        if kind(node, modules) != "weight" or not node.all_input_nodes:
-            continue
-        before = node.all_input_nodes[0]
-        while kind(before, modules) == "transparent" and before.all_input_nodes:
-            before = before.all_input_nodes[0]
-        quantizer = modules.get(str(before.target)) if before.op == "call_module" else None
-        if not isinstance(quantizer, FakeQuantize) or not quantizer.is_calibrated:
-            conflicting.add(str(node.target))
-            continue
-        source = found.setdefault(str(node.target), _Source(quantizer, before is node.all_input_nodes[0]))
-        if not torch.equal(source.quantizer.scale, quantizer.scale):
-            conflicting.add(str(node.target))  # called at places of different scale: no one int32 bias
-    return {name: source for name, source in found.items() if name not in conflicting}
-
-
-def _deploy_layer(name: str, layer: IntegerWeight, found: _Source | None, unsigned: bool, int32_bias: bool) -> None:
+def _deploy_layer(name: str, layer: IntegerWeight, found: Source | None, unsigned: bool, int32_bias: bool) -> None:
     plain = cast(WeightLayer, layer)
     source = None if found is None else found.quantizer
     bias = None if plain.bias is None else plain.bias.detach()

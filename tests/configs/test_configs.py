@@ -205,9 +205,13 @@ def test_experiment_runs_two_steps(experiment, tmp_path, capsys):
     assert "ONNX in onnxruntime" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("group", ["data", "model", "qat", "trainer", "logger", "callbacks", "debug"])
+@pytest.mark.parametrize(
+    "group", ["data", "model", "qat", "trainer", "logger", "callbacks", "debug", "launcher", "hparams_search"]
+)
 def test_every_choice_of_a_group_composes(group, tmp_path):
     for name in names(group):
+        if name == "ray":  # a plugin of its own, and a large one
+            continue
         cfg = composed(tmp_path, f"{group}={name}")
         assert OmegaConf.to_container(cfg, resolve=True)
 
