@@ -27,6 +27,7 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     _check(cfg)
     given = {key: value for key, value in cfg.qat.optimizer.items() if value is not None}
     if not cfg.qat.get("recipe"):
+        _set_reestimation(cfg.reestimation, None)
         if cfg.qat.epochs is None or "_target_" not in given:
             raise ConfigurationError(
                 "Without a recipe qat.epochs and qat.optimizer._target_ have to be set. qat=short has both."
@@ -60,6 +61,7 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     recipe = recipe.changed(**own, **({} if cfg.qat.epochs is None else {"epochs": cfg.qat.epochs}))
     cfg.qat.epochs = recipe.epochs
     _set_observers(cfg.qat.schedule, recipe)
+    _set_reestimation(cfg.reestimation, recipe)
     derived = {"lr": recipe.lr} | ({"weight_decay": recipe.weight_decay} if recipe.weight_decay else {})
     base = {} if "_target_" in given else trained
     with open_dict(cfg):
@@ -73,6 +75,14 @@ def _check(cfg: DictConfig) -> None:
             raise ConfigurationError(f"qat.{name} is null; leave single keys of it null instead, or take qat=short.")
     if cfg.qat.epochs is not None and not is_whole(cfg.qat.epochs, 1):
         raise ConfigurationError(f"qat.epochs must be a whole number of at least 1, found {cfg.qat.epochs!r}.")
+
+
+def _set_reestimation(settings: DictConfig, recipe: QATRecipe | None) -> None:
+    wanted = {"mode": "joint"} if recipe is None else recipe.reestimation
+    if settings.mode is None:
+        settings.mode = wanted["mode"]
+    if settings.whole_biases is None:
+        settings.whole_biases = settings.mode == "sequential" and wanted.get("whole_biases", False)
 
 
 def _set_observers(schedule: DictConfig, recipe: QATRecipe) -> None:

@@ -16,7 +16,19 @@ from lightning_qbn.arguments import is_number, is_whole
 from lightning_qbn.config import QuantizationConfig, as_config
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.operations import BatchNorm
-from lightning_qbn.rules import LSQ, NAGEL, WU, Rule, decay_of, fewest_bits, length_of, range_rule, rate_of, weight_rule
+from lightning_qbn.rules import (
+    LSQ,
+    NAGEL,
+    WU,
+    Rule,
+    decay_of,
+    fewest_bits,
+    length_of,
+    range_rule,
+    rate_of,
+    statistics_rule,
+    weight_rule,
+)
 from lightning_qbn.schedule import QATSchedule
 from lightning_qbn.warmup import WARMUP
 
@@ -40,6 +52,7 @@ class QATRecipe:
         decay_share: of the weight decay of float training.
         freeze_weights: whether oscillating weights are frozen (`WeightFreezing`).
         freeze_observers: whether ranges are observed, and stop before the end.
+        exact_statistics: whether activations have so few bits that a small shift of a batch-norm moves their integers.
         reasons: of epochs, lr and weight_decay: why, and by which source.
     """
 
@@ -50,6 +63,7 @@ class QATRecipe:
     decay_share: float
     freeze_weights: bool
     freeze_observers: bool
+    exact_statistics: bool
     reasons: Mapping[str, tuple[str, str]]
 
     @classmethod
@@ -79,13 +93,14 @@ class QATRecipe:
         """
         config = as_config(config)
         _check(epochs, peak_lr, last_lr, weight_decay)
-        bits = fewest_bits(config)
+        bits = fewest_bits(config, "weight_bits", "activation_bits")
         length, why_length = length_of(bits, epochs)
         rate, why_rate = rate_of(bits, peak_lr, last_lr)
         share, why_decay = decay_of(bits, weight_decay)
         decay = None if weight_decay is None else share * weight_decay
         reasons = {"epochs": why_length, "lr": why_rate, "weight_decay": why_decay}
-        return cls(bits, length, rate, decay, share, bits <= 4, config.scale == "observed", reasons)
+        few = fewest_bits(config, "activation_bits") <= 4
+        return cls(bits, length, rate, decay, share, bits <= 4, config.scale == "observed", few, reasons)
 
     def changed(self, **settings: Any) -> QATRecipe:
         """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which.
@@ -108,6 +123,11 @@ class QATRecipe:
         """For `QuantizationAwareTraining`: when observed ranges stop moving."""
         return QATSchedule(freeze_observers_at=self.observers_until())
 
+    @property
+    def reestimation(self) -> dict[str, Any]:
+        """Arguments for `BatchNormReestimation`."""
+        return {"mode": "sequential", "whole_biases": True} if self.exact_statistics else {"mode": "joint"}
+
     def observers_until(self, float_epochs: int = 0) -> int | None:
         """The epoch from which observed ranges stay, for the last quarter; None where they never stop.
 
@@ -129,6 +149,7 @@ class QATRecipe:
             Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{NAGEL}, code"),
             weight_rule(self.freeze_weights),
             range_rule(self.freeze_observers, self.observers_until()),
+            statistics_rule(self.exact_statistics),
         )
 
     def _decay_text(self) -> str:

@@ -15,6 +15,7 @@ _GUIDE = "AIMET's guide"
 _BETWEEN = "between the two"
 _NOT_FROZEN = "more than 4 bits, or another callback for oscillations was chosen"
 
+_FLOAT = 32
 Reason = tuple[str, str]  # and its source
 
 
@@ -28,12 +29,17 @@ class Rule:
     source: str
 
 
-def fewest_bits(config: QuantizationConfig) -> int:
-    """Of weights and activations of all layers."""
-    settings = [{"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}]
+def fewest_bits(config: QuantizationConfig, *kinds: str) -> int:
+    """Of all layers; 32 where nothing is quantized.
+
+    Args:
+        config: what is quantized.
+        *kinds: ``weight_bits``, ``activation_bits`` or both.
+    """
+    settings = [{kind: getattr(config, kind) for kind in kinds}]
     settings += [dict(override) for override in config.overrides.values()]
-    widths = [layer.get(name) for layer in settings for name in ("weight_bits", "activation_bits")]
-    return min(bits for bits in widths if bits is not None)
+    widths = [layer.get(kind) for layer in settings for kind in kinds]
+    return min((bits for bits in widths if bits is not None), default=_FLOAT)
 
 
 def length_of(bits: int, epochs: int) -> tuple[int, Reason]:
@@ -72,6 +78,14 @@ def weight_rule(freeze: bool) -> Rule:
     if freeze:
         return Rule("weights", "oscillating ones freeze", "from a quarter of the steps on", f"{NAGEL}, 4.3")
     return Rule("weights", "not frozen", _NOT_FROZEN, f"{NAGEL}, code")
+
+
+def statistics_rule(exact: bool) -> Rule:
+    """How batch-norm is re-estimated at the end."""
+    if exact:
+        value = "layer by layer, biases whole"
+        return Rule("re-estimation", value, "a small shift moves the integers of whole areas", "measured here")
+    return Rule("re-estimation", "in one pass", "integers jumped while statistics were averaged", f"{NAGEL}, 4.1")
 
 
 def range_rule(observed: bool, frozen_at: int | None) -> Rule:

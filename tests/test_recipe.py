@@ -63,6 +63,12 @@ def test_observed_ranges_of_short_trainings_stop_too(epochs, until):
     assert ranges.value == ("observed to the end" if until is None else f"observed until epoch {until}")
 
 
+def test_statistics_are_exact_where_activations_have_few_bits():
+    assert recipe(8, 4).reestimation == {"mode": "sequential", "whole_biases": True}
+    assert recipe(2, 8).reestimation == recipe(2, None).reestimation == {"mode": "joint"}
+    assert "layer by layer" in {rule.setting: rule.value for rule in recipe(4, 4).rules}["re-estimation"]
+
+
 def test_bits_of_single_layers_count():
     mixed = {"weight_bits": 8, "overrides": {"*": {"weight_bits": 3}, "head": {"weight_bits": 8}}}
     assert QATRecipe.from_float(mixed, 10, 0.1).bits == 3

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_qbn import ConfigurationError, derived
+from lightning_qbn import BatchNormReestimation, ConfigurationError, derived
 from lightning_qbn.experiment import float_key, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -135,6 +135,23 @@ def test_an_optimizer_of_ones_own_gets_the_rate(tmp_path):
     cfg = composed(tmp_path, *other, "qat.optimizer.lr=0.02")
     derived.fill(cfg)
     assert cfg.qat.optimizer == {"_target_": "torch.optim.SGD", "_partial_": True, "momentum": 0.9, "lr": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mode", "whole"),
+    [
+        (["quantization.activation_bits=4"], "sequential", True),
+        (["quantization.activation_bits=8"], "joint", False),
+        (["quantization.activation_bits=4", "reestimation.mode=joint"], "joint", False),
+        (["quantization.activation_bits=4", "reestimation.whole_biases=false"], "sequential", False),
+        (["quantization.activation_bits=4", "qat=short"], "joint", False),
+    ],
+)
+def test_statistics_are_re_estimated_as_the_recipe_says(tmp_path, overrides, mode, whole):
+    cfg = composed(tmp_path, *overrides)
+    derived.fill(cfg)
+    assert (cfg.reestimation.mode, cfg.reestimation.whole_biases) == (mode, whole)
+    assert isinstance(instantiate(cfg.callbacks.reestimation), BatchNormReestimation)
 
 
 def test_observed_ranges_of_a_schedule_in_steps_are_left_to_the_user(tmp_path):

@@ -74,8 +74,9 @@ def cells(quick: bool, steps: int) -> list[Cell]:
     """The cells of the study, the most telling ones first; the reduced form has one."""
     if quick:
         return [Cell("mobilenet", 4, 4, steps, (0,), (0.01,))]
-    bits = ((4, 4), (3, 3), (2, 8), (4, 8), (8, 8))
-    return [Cell(name, *both, steps, (0, 1, 2), RATES) for both in bits for name in ("mobilenet", "resnet")]
+    low, high = ((4, 4), (3, 3), (2, 8)), ((4, 8), (8, 8))
+    order = [(name, both) for part in (low, high) for name in ("mobilenet", "resnet") for both in part]
+    return [Cell(name, *both, steps, (0, 1, 2), RATES) for name, both in order]
 
 
 def start_jobs(names: tuple[str, ...], steps: int) -> Iterator[Job]:
