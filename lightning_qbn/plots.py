@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 _DEPTHWISE, _OTHER, _INK = "#d1495b", "#30638e", "#808080"  # the ink is read on light and on dark paper
 _MOST_LAYERS = 40
+_COLUMNS = 255  # of the widest range
 
 
 def plot_drift(layers: Sequence[LayerDrift]) -> Figure:
@@ -57,6 +61,60 @@ def plot_curve(points: Sequence[dict[str, Any]], metric: str) -> Figure:
     panel.set_xticks(epochs)
     panel.set_xlabel("epochs", color=_INK)
     panel.set_ylabel(_literal(metric), color=_INK)
+    panel.legend(frameon=False, labelcolor=_INK)
+    _plain(panel)
+    return figure
+
+
+def plot_integers(integers: dict[str, Tensor]) -> Figure:
+    """A row for each layer: the share of its weights on each integer of its range, darker where there are more.
+
+    Of more than 40 layers the first 40 are drawn, and the title says so.
+
+    Args:
+        integers: of each layer's weights, by name.
+    """
+    shown = dict(list(integers.items())[:_MOST_LAYERS])
+    figure = _figure(9, 1.0 + 0.22 * max(3, len(shown)))
+    panel = figure.subplots()
+    panel.imshow(
+        [_shares(values) for values in shown.values()],
+        aspect="auto",
+        interpolation="nearest",
+        cmap="Blues",
+        extent=(-1, 1, len(shown) - 0.5, -0.5),
+    )
+    panel.set_yticks(range(len(shown)), [_literal(name) for name in shown], fontsize=7)
+    panel.set_xticks([-1, 0, 1], ["least integer", "0", "greatest"])
+    more = f" (the first {len(shown)} of {len(integers)} layers)" if len(integers) > len(shown) else ""
+    panel.set_title(f"Integers of the weights{more}", fontsize=10)
+    _plain(panel)
+    return figure
+
+
+def _shares(integers: Tensor) -> list[float]:
+    """Share on each integer of a symmetric range, relative to the largest, stretched to the same width for all bits."""
+    values = integers.flatten().long()
+    most = int(values.abs().max()) or 1
+    counts = values.add(most).bincount(minlength=2 * most + 1)
+    wide = counts.double()[(torch.arange(_COLUMNS) * len(counts)).div(_COLUMNS, rounding_mode="floor")]
+    return [float(share) for share in (wide / wide.max()).sqrt()]
+
+
+def plot_oscillation(points: Sequence[dict[str, Any]]) -> Figure:
+    """Shares of oscillating and of frozen weights against the epochs done.
+
+    Args:
+        points: with ``epoch``, ``oscillating`` and ``frozen``; the last may be None.
+    """
+    figure = _figure(6, 3)
+    panel = figure.subplots()
+    epochs = [point["epoch"] for point in points]
+    for key, colour in (("oscillating", _DEPTHWISE), ("frozen", _OTHER)):
+        if points[0][key] is not None:
+            panel.plot(epochs, [100 * point[key] for point in points], "o-", color=colour, label=key)
+    panel.set_xlabel("epochs", color=_INK)
+    panel.set_ylabel("% of the weights", color=_INK)
     panel.legend(frameon=False, labelcolor=_INK)
     _plain(panel)
     return figure

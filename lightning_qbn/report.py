@@ -1,4 +1,4 @@
-"""One record of a run: as a table, as JSON, as HTML."""
+"""One record of a run: as a table and as JSON; as HTML in `page`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import math
 import platform
 from dataclasses import asdict, dataclass, field
-from html import escape
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from torch import Tensor
 
 from lightning_qbn import __version__
 from lightning_qbn.drift import Reestimation
@@ -21,7 +19,6 @@ from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.export.parity import Parity
 from lightning_qbn.folding import FoldingReport
 from lightning_qbn.insertion import InsertionReport
-from lightning_qbn.plots import plot_curve, plot_drift, to_svg
 
 STAGES = {
     "float": "float",
@@ -48,6 +45,8 @@ class RunRecord:
     folding: FoldingReport | None = None
     export: ExportReport | None = None
     refused: str | None = None  # why nothing was exported
+    integers: dict[str, Tensor] = field(default_factory=dict)  # of the weights of each layer, int8
+    oscillation: list[dict[str, Any]] = field(default_factory=list)  # epoch, oscillating, frozen
     source: Any = None  # which weights were exported, as a dataclass
     context: dict[str, Any] = field(default_factory=dict)
 
@@ -73,6 +72,8 @@ def to_dict(record: RunRecord) -> dict[str, Any]:
         "folding": asdict(record.folding) if record.folding else None,
         "export": (record.export.to_dict() if record.export else {"parity": None})
         | {"source": asdict(record.source) if record.source else None, "refused": record.refused},
+        "integers": {name: _counts(integers) for name, integers in record.integers.items()},
+        "oscillation": record.oscillation,
         "sizes": {"float": record.float_bytes, "onnx": record.export.bytes if record.export else None},
         "config": None,
         "versions": _versions(),
@@ -93,25 +94,27 @@ def to_table(record: RunRecord) -> Table:
     table.add_column("stage")
     table.add_column(f"{record.metric} ({record.measured_on})" if record.measured_on else "metric", justify="right")
     table.add_column("size", justify="right")
-    for label, value, size in _rows(record):
+    for label, value, size in stage_rows(record):
         table.add_row(label, value, size)
-    if parity := _parity(record):
+    if parity := parity_text(record):
         table.caption = parity
         table.caption_justify = "left"
     return table
 
 
-def _rows(record: RunRecord) -> list[tuple[str, str, str]]:
+def stage_rows(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Each stage, its metric and its size."""
     sizes = {"float": record.float_bytes, "onnx": record.export.bytes if record.export else 0}
-    rows = [(label, _number(record.accuracy.get(stage)), _size(sizes.get(stage, 0))) for stage, label in STAGES.items()]
+    rows = [(label, number(record.accuracy.get(stage)), _size(sizes.get(stage, 0))) for stage, label in STAGES.items()]
     control = record.context.get("control")
     if control:
-        rows.insert(1, ("float control, as many steps", _number(control["accuracy"]), ""))
-        rows.insert(2, ("float control, re-estimated", _number(control["after_reestimation"]), ""))
+        rows.insert(1, ("float control, as many steps", number(control["accuracy"]), ""))
+        rows.insert(2, ("float control, re-estimated", number(control["after_reestimation"]), ""))
     return rows
 
 
-def _parity(record: RunRecord) -> str:
+def parity_text(record: RunRecord) -> str:
+    """How far the file is from the simulation, in a sentence; or why there is none."""
     if record.export is None:
         return f"Nothing was exported: {record.refused}." if record.refused else ""
     parts = []
@@ -133,7 +136,8 @@ def _distance(found: Parity) -> str:
     return f"at most {most}, {found.differing:.2%} differ"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -141,58 +145,10 @@ def _size(size: int) -> str:
     return f"{size / 1024:.1f} KiB" if size else ""
 
 
-def to_html(record: RunRecord) -> str:
-    """The record as one self-contained page."""
-    data = to_dict(record)
-    drift = [
-        (
-            d["name"],
-            "depthwise" if d["depthwise"] else "",
-            _digits(d["mean_shift"]),
-            _digits(d["variance_ratio"]),
-            _digits(d["kl"]),
-        )
-        for d in data["reestimation"]["layers"]
-    ]
-    curve = [(point["epoch"], _number(point["before"]), _number(point["after"])) for point in record.curve]
-    in_float = list((data["quantization"] or {}).get("left_in_float", {}).items())
-    refused = list((data["folding"] or {}).get("refused", {}).items())
-    sections = [
-        _section("Stages", ("stage", f"{record.metric} ({record.measured_on})", "size"), _rows(record)),
-        f"<p>{escape(_parity(record))}</p>",
-        _section(
-            f"Drift of batch-norm statistics ({data['reestimation']['num_batches']} batches)",
-            ("layer", "", "mean shift / sigma", "variance ratio", "KL"),
-            drift,
-        ),
-        _UNDONE if record.kept is False else "",
-        _picture(plot_drift(record.reestimation.layers)) if record.reestimation and drift else "",
-        _section(f"{record.metric} after epochs", ("epochs", "before", "after re-estimation"), curve),
-        _picture(plot_curve(record.curve, record.metric)) if curve else "",
-        _section("Left in float", ("what", "why"), in_float),
-        _section("Batch-norm not folded", ("layer", "why"), refused),
-        _section("Versions", ("package", "version"), list(data["versions"].items())),
-    ]
-    if data["config"] is not None:
-        config = escape(json.dumps(data["config"], indent=2))
-        sections.append(f"<h2>Configuration</h2><details><summary>show</summary><pre>{config}</pre></details>")
-    return _PAGE.format(body="\n".join(section for section in sections if section))
-
-
-def _section(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    if not rows:
-        return ""
-    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<h2>{escape(title)}</h2><div><table><tr>{heads}</tr>{lines}</table></div>"
-
-
-def _picture(figure: Figure) -> str:
-    return f"<div>{to_svg(figure)}</div>"
-
-
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _counts(integers: Tensor) -> dict[str, Any]:
+    """How many weights are on each integer, from the least to the greatest that occurs."""
+    values, counts = torch.unique(integers.flatten().cpu(), return_counts=True)
+    return {"integers": values.tolist(), "counts": counts.tolist()}
 
 
 def _versions() -> dict[str, str]:
@@ -206,28 +162,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_UNDONE = "<p>Re-estimation was undone: the metric fell by more than max_drop. The drift is that of what was tried.</p>"
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>lightning-qbn report</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #8884; }}
-td {{ font-variant-numeric: tabular-nums; }}
-</style>
-</head>
-<body>
-<h1>lightning-qbn report</h1>
-{body}
-</body>
-</html>
-"""

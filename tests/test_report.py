@@ -16,7 +16,8 @@ from lightning_qbn.config import QuantizationConfig
 from lightning_qbn.export.onnx import ExportReport
 from lightning_qbn.export.parity import Parity
 from lightning_qbn.folding import FoldingReport
-from lightning_qbn.report import STAGES, RunRecord, to_dict, to_html, to_json, to_table
+from lightning_qbn.page import to_html
+from lightning_qbn.report import STAGES, RunRecord, to_dict, to_json, to_table
 
 EVIL = "<b onclick=\"alert('x')\">&{x}%s"
 
@@ -139,6 +140,34 @@ def test_curve_over_epochs_and_whether_statistics_were_kept():
     assert to_html(record(curve=CURVE)).count("<svg") == 2
     assert to_html(record()).count("<svg") == 1
     assert to_html(record(reestimation=None)).count("<svg") == 0
+
+
+def test_integers_and_oscillations_are_drawn_and_told():
+    integers = {"stem.0": torch.tensor([[-1, 0], [0, 1]], dtype=torch.int8), "head": torch.zeros(3, dtype=torch.int8)}
+    points = [{"epoch": 1, "oscillating": 0.5, "frozen": None}, {"epoch": 2, "oscillating": 0.25, "frozen": None}]
+    whole = record(integers=integers, oscillation=points)
+    data = strict(to_json(whole))
+    assert data["integers"]["stem.0"] == {"integers": [-1, 0, 1], "counts": [1, 2, 1]}
+    assert data["oscillation"] == points
+    page = to_html(whole)
+    assert page.count("<svg") == 3
+    for part in ("Integers of the weights", "Oscillating weights", "stem.0", "% of the weights"):
+        assert part in page
+    frozen = [{**point, "frozen": 0.125} for point in points]
+    assert "frozen" in to_html(record(oscillation=frozen)).split("Oscillating weights")[1]
+
+
+def test_headline_numbers_come_first():
+    page = to_html(record())
+    cards = page[page.index('<ul class="cards">') : page.index("<h2>")]
+    for part in ("0.9000", "0.1000", "0.8000", "+0.7000", "0.7999", "50%"):
+        assert part in cards
+
+
+def test_bars_are_for_shares_alone():
+    assert to_html(record()).count('<div class="bar">') == 5
+    errors = dict.fromkeys(STAGES, 12.5)
+    assert '<div class="bar">' not in to_html(record(metric="MeanSquaredError", accuracy=errors))
 
 
 def test_text_from_outside_is_escaped():

@@ -40,13 +40,14 @@ class OscillationTracking(Callback):
     def __init__(self, momentum: float = 0.01) -> None:
         self.tracker = OscillationTracker(momentum)
         self.shares: dict[int, dict[str, float]] = {}
+        self._totals: dict[int, tuple[float, float]] = {}
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called first: nothing is known of a training that has not begun."""
         check_trainer(trainer, stage)
         if stage == "fit" and not trainer.global_step:
-            self.tracker, self.shares = OscillationTracker(self.tracker.momentum), {}
+            self.tracker, self.shares, self._totals = OscillationTracker(self.tracker.momentum), {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with everything restored."""
@@ -68,16 +69,21 @@ class OscillationTracking(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called once an epoch: log."""
         self.shares[trainer.current_epoch] = self.tracker.shares()
+        self._totals[trainer.current_epoch] = (self.tracker.share(), self.tracker.share(frozen=True))
         pl_module.log("oscillating", self.tracker.share(), rank_zero_only=True)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Epochs done, and the shares of all weights that oscillated and that were frozen then."""
+        return [{"epoch": epoch + 1, "oscillating": o, "frozen": f} for epoch, (o, f) in self._totals.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, for a checkpoint."""
-        return {"tracker": self.tracker.state_dict(), "shares": self.shares}
+        return {"tracker": self.tracker.state_dict(), "shares": self.shares, "totals": self._totals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.tracker.load_state_dict(state_dict["tracker"])
-        self.shares = dict(state_dict["shares"])
+        self.shares, self._totals = dict(state_dict["shares"]), dict(state_dict.get("totals", {}))
 
 
 class WeightFreezing(OscillationTracking):

@@ -20,15 +20,18 @@ from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.measuring import measured
 from lightning_qbn.callbacks.order import check_trainer, find
+from lightning_qbn.callbacks.oscillation import OscillationTracking
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, QuantizationError, QuantizationWarning
 from lightning_qbn.export.loaded import ExportedFile
 from lightning_qbn.fake_quantize import quantizers, switched_off
 from lightning_qbn.files import check_writable, write_text
+from lightning_qbn.layers import integer_weights
+from lightning_qbn.page import to_html
 from lightning_qbn.passes import ForwardFn, default_forward
 from lightning_qbn.ranks import on_all_ranks
-from lightning_qbn.report import RunRecord, to_html, to_json, to_table
+from lightning_qbn.report import RunRecord, to_json, to_table
 
 
 class RunReport(Callback):
@@ -140,7 +143,7 @@ class RunReport(Callback):
             if "onnx" in export.files:
                 with running_file(export.folded, export.network, export.files["onnx"]):
                     self._measure("onnx", trainer, export.folded)
-        self._gather(trainer, export)
+        self._gather(trainer, pl_module, export)
         write_text(self.directory / "report.json", to_json(self.record))
         write_text(self.directory / "report.html", to_html(self.record))
         self._finished = True
@@ -155,12 +158,15 @@ class RunReport(Callback):
         on = (self.record.measured_on, self._loader)
         self.record.accuracy[stage] = measured(trainer, module, on, self.metric, self._forward, self.target_fn)
 
-    def _gather(self, trainer: Trainer, export: QuantizedExport | None) -> None:
+    def _gather(self, trainer: Trainer, module: LightningModule, export: QuantizedExport | None) -> None:
         quantization, reestimation = find(trainer, QuantizationAwareTraining), find(trainer, BatchNormReestimation)
         self.record.insertion = quantization.report if quantization else None
         if reestimation is not None:
             self.record.reestimation, self.record.kept = reestimation.result, reestimation.kept
             self.record.curve = [asdict(point) for point in reestimation.curve]
+        self.record.integers = integer_weights(module)
+        tracking = find(trainer, OscillationTracking)
+        self.record.oscillation = tracking.history() if tracking else []
         self.record.folding = export.folding if export else None
         self.record.export = export.report if export else None
         self.record.source = export.source if export else None

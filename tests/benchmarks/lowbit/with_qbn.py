@@ -65,9 +65,7 @@ def _method(job: Job) -> list[Callback]:
         "plain": list[Callback],
         "dampening": lambda: [qbn.OscillationDampening()],
         "freezing": lambda: [qbn.WeightFreezing()],
-        "distillation": lambda: [
-            qbn.Distillation(weight=1.0)
-        ],  # the teacher alone: better on held-out images than half
+        "distillation": lambda: [qbn.Distillation(weight=1.0)],  # held-out images: better than half
         "recipe": lambda: qbn.recipe_callbacks(_recipe(job), show=False),
     }[job.method]()
 
