@@ -81,7 +81,9 @@ def plot_integers(integers: dict[str, Tensor]) -> Figure:
         [_shares(values) for values in shown.values()],
         aspect="auto",
         interpolation="nearest",
-        cmap="Blues",
+        cmap=_fading(_OTHER),
+        vmin=0,
+        vmax=1,
         extent=(-1, 1, len(shown) - 0.5, -0.5),
     )
     panel.set_yticks(range(len(shown)), [_literal(name) for name in shown], fontsize=7)
@@ -90,6 +92,13 @@ def plot_integers(integers: dict[str, Tensor]) -> Figure:
     panel.set_title(f"Integers of the weights{more}", fontsize=10)
     _plain(panel)
     return figure
+
+
+def _fading(colour: str) -> Any:
+    """From nothing to a colour, on light and on dark paper."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("fading", [f"{colour}00", f"{colour}ff"])
 
 
 def _shares(integers: Tensor) -> list[float]:
@@ -113,6 +122,8 @@ def plot_oscillation(points: Sequence[dict[str, Any]]) -> Figure:
     for key, colour in (("oscillating", _DEPTHWISE), ("frozen", _OTHER)):
         if points[0][key] is not None:
             panel.plot(epochs, [100 * point[key] for point in points], "o-", color=colour, label=key)
+    panel.set_ylim(bottom=0)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("epochs", color=_INK)
     panel.set_ylabel("% of the weights", color=_INK)
     panel.legend(frameon=False, labelcolor=_INK)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lightning_qbn.drift import LayerDrift
-from lightning_qbn.plots import plot_curve, plot_drift, to_svg
+from lightning_qbn.plots import plot_curve, plot_drift, plot_integers, plot_oscillation, plot_sweep, to_svg
 
 
 def layers(count):
@@ -43,6 +44,39 @@ def test_curve():
 def test_same_picture_same_text():
     assert to_svg(plot_drift(layers(3))) == to_svg(plot_drift(layers(3)))
     assert to_svg(plot_drift(layers(3))).startswith("<svg")
+
+
+def test_integers_of_layers_with_different_bits_have_rows_of_the_same_width():
+    integers = {
+        "two": torch.tensor([-1, -1, 0, 1], dtype=torch.int8),
+        "eight$": torch.arange(-127, 128, dtype=torch.int8),
+        "dead": torch.zeros(4, dtype=torch.int8),
+    }
+    figure = plot_integers(integers)
+    (panel,) = figure.axes
+    rows = panel.images[0].get_array()
+    assert rows.shape == (3, 255)
+    assert sorted(set(rows[0].round(6))) == pytest.approx([0.5**0.5, 1.0])
+    assert rows[0][0] == 1.0, "the least integer comes first"
+    assert set(rows[1]) == {1.0}
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["two", r"eight\$", "dead"]
+    assert "first 40 of 41" in plot_integers({str(i): integers["two"] for i in range(41)}).axes[0].get_title()
+
+
+@pytest.mark.parametrize("frozen", [None, 0.25])
+def test_oscillations(frozen):
+    figure = plot_oscillation([{"epoch": e, "oscillating": 0.5 / e, "frozen": frozen} for e in (1, 2)])
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines.pop("oscillating") == [50.0, 25.0]
+    assert lines == ({} if frozen is None else {"frozen": [25.0, 25.0]})
+
+
+def test_a_sweep_has_two_lines_for_each_series():
+    points = [{"epoch": e, "before": 0.5, "after": a} for e, a in ((1, 0.6), (1, 0.8), (5, 0.9))]
+    figure = plot_sweep({"W2A8": points, "W4A8": points[:1]}, "Accuracy$")
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["W2A8, after re-estimation"] == pytest.approx([0.7, 0.9]), "seeds are averaged"
+    assert lines["W4A8, before re-estimation"] == [0.5]
 
 
 def test_nothing_to_draw():
