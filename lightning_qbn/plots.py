@@ -116,6 +116,8 @@ def plot_oscillation(points: Sequence[dict[str, Any]]) -> Figure:
     Args:
         points: with ``epoch``, ``oscillating`` and ``frozen``; the last may be None.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(6, 3)
     panel = figure.subplots()
     epochs = [point["epoch"] for point in points]
@@ -123,7 +125,7 @@ def plot_oscillation(points: Sequence[dict[str, Any]]) -> Figure:
         if points[0][key] is not None:
             panel.plot(epochs, [100 * point[key] for point in points], "o-", color=colour, label=key)
     panel.set_ylim(bottom=0)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("epochs", color=_INK)
     panel.set_ylabel("% of the weights", color=_INK)
     panel.legend(frameon=False, labelcolor=_INK)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_qbn.callbacks.choosing import Chosen, load_file, other_weights, own_names
+from lightning_qbn.callbacks.logged import log_numbers, log_picture
 from lightning_qbn.drift import Reestimation
 from lightning_qbn.errors import QuantizationWarning, ReestimationError
 
@@ -33,13 +34,9 @@ def log(trainer: Trainer, result: Reestimation, before: float | None, after: flo
         numbers[f"reestimation/kl/{layer.name}"] = layer.kl
         numbers[f"reestimation/mean_shift/{layer.name}"] = layer.mean_shift
         numbers[f"reestimation/variance_ratio/{layer.name}"] = layer.variance_ratio
-    known = {key: value for key, value in numbers.items() if value is not None}
-    for logger in trainer.loggers:
-        logger.log_metrics(known, step=trainer.global_step)
-        # TensorBoard's writer takes figures, on rank zero; other loggers get the numbers.
-        add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-        if trainer.is_global_zero and callable(add_figure) and result.layers:
-            add_figure("reestimation/drift", result.plot(), global_step=trainer.global_step)
+    log_numbers(trainer, numbers)
+    if result.layers:
+        log_picture(trainer, "reestimation/drift", result.plot)
 
 
 def complete(checkpoint: dict[str, Any], shipped: Reestimation | None) -> None:

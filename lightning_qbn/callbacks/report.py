@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from lightning_qbn.callbacks.batches import TargetFn, evaluation_loader, forward_of
 from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
+from lightning_qbn.callbacks.logged import log_numbers, log_picture, log_table
 from lightning_qbn.callbacks.measuring import measured
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.oscillation import OscillationTracking
@@ -30,8 +31,9 @@ from lightning_qbn.files import check_writable, write_text
 from lightning_qbn.layers import integer_weights
 from lightning_qbn.page import to_html
 from lightning_qbn.passes import ForwardFn, default_forward
+from lightning_qbn.plots import plot_curve, plot_integers, plot_oscillation
 from lightning_qbn.ranks import on_all_ranks
-from lightning_qbn.report import RunRecord, to_json, to_table
+from lightning_qbn.report import RunRecord, stage_rows, to_json, to_table
 
 
 class RunReport(Callback):
@@ -144,6 +146,7 @@ class RunReport(Callback):
                 with running_file(export.folded, export.network, export.files["onnx"]):
                     self._measure("onnx", trainer, export.folded)
         self._gather(trainer, pl_module, export)
+        self._log(trainer)
         write_text(self.directory / "report.json", to_json(self.record))
         write_text(self.directory / "report.html", to_html(self.record))
         self._finished = True
@@ -174,6 +177,17 @@ class RunReport(Callback):
         self.record.context = self.context
         if quantization is not None:
             self.record.context.setdefault("config", {"quantization": quantization.config.to_dict()})
+
+    def _log(self, trainer: Trainer) -> None:
+        record = self.record
+        log_numbers(trainer, {f"accuracy/{stage}": value for stage, value in record.accuracy.items()})
+        log_table(trainer, "stages", ("stage", record.metric, "size"), stage_rows(record))
+        if record.curve:
+            log_picture(trainer, "accuracy/curve", lambda: plot_curve(record.curve, record.metric))
+        if record.integers:
+            log_picture(trainer, "weights/integers", lambda: plot_integers(record.integers))
+        if record.oscillation:
+            log_picture(trainer, "weights/oscillation", lambda: plot_oscillation(record.oscillation))
 
 
 @contextmanager
