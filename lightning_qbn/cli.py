@@ -17,9 +17,26 @@ def main() -> None:
     """Run the command that the first word names; without one of them, the main job."""
     commands = {"train": train, "export": export, "evaluate": evaluate, "collect": collect}
     word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in ("--help", "-h", "help"):
+        from lightning_qbn.help import print_help
+
+        return print_help()
     if word in commands:
         del sys.argv[1]
-    commands.get(word, train)()
+    try:
+        commands.get(word, train)()
+    except SystemExit as end:
+        if end.code not in (None, 0) and commands.get(word, train) is train:
+            _hint()
+        raise
+
+
+def _hint() -> None:
+    """Say what a wrong key or choice may have meant."""
+    from lightning_qbn.reference import hints
+
+    for text in hints(sys.argv[1:]):
+        print(text, file=sys.stderr)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_qbn.configs", config_name="export_run")
