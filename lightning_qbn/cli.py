@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command that the first word names; without one of them, the main job."""
+    sys.path.append("")  # classes of one's own, named by _target_, beside where the command is started
     commands = {"train": train, "export": export, "evaluate": evaluate, "collect": collect}
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in ("--help", "-h", "help"):

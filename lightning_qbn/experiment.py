@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -151,7 +152,10 @@ def _module(cfg: DictConfig, training: DictConfig, weights: str | Path | None = 
     seed_everything(cfg.seed, workers=True, verbose=False)
     make = instantiate(cfg.model.module, _partial_=True)
     scheduler = instantiate(training.scheduler) if training.scheduler else None
-    module: LightningModule = make(optimizer=instantiate(training.optimizer), scheduler=scheduler)
+    given = {"optimizer": instantiate(training.optimizer), "scheduler": scheduler}
+    # A module of one's own has optimizers of its own, which a recipe gives its rates.
+    taken = inspect.signature(make.func).parameters
+    module: LightningModule = make(**{k: v for k, v in given.items() if k in taken and k not in make.keywords})
     if weights is not None:
         load_float(module, weights)
     return module

@@ -83,7 +83,9 @@ def loader_of(datamodule: Any, module: LightningModule | None = None) -> tuple[s
     for name, hook in (("test", "test_dataloader"), ("validation", "val_dataloader")):
         for source in (datamodule, module):
             if source is not None and _overrides(source, hook):
-                return name, _loader(datamodule, getattr(source, hook))
+                loader = _loader(datamodule, getattr(source, hook))
+                if loader is not None:
+                    return name, loader
     return "", None
 
 
