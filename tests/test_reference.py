@@ -46,7 +46,7 @@ def test_names_and_values_are_those_of_the_files():
     [
         ("qat.epoch=3", "Nearest: qat.epochs"),
         ("quantisation.weight_bits=3", "quantization.weight_bits"),
-        ("data=digit", "data is one of digits, fashion_mnist"),
+        ("data=digit", "data is one of datasets, digits, fashion_mnist"),
         ("oscillaton=freezing", "Nearest: oscillation"),
         ("~callback.export=null", "there is no key callback.export"),
     ],
