@@ -23,6 +23,13 @@ def _flattened(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(modules, graph.graph)
 
 
+def _set_activation_bits(sim: QuantizationSimModel, bits: int) -> None:
+    for layer in sim.qmodules():
+        for quantizer in (*layer.input_quantizers, *layer.output_quantizers):
+            if quantizer is not None:
+                quantizer.bitwidth = bits
+
+
 def _round_depthwise_once(model: torch.nn.Module) -> None:
     """Its configuration rounds between a depthwise layer's batch-norm and ReLU as well, which costs it accuracy."""
     for name, module in model.named_modules():
@@ -39,10 +46,11 @@ def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
         example,
         quant_scheme="tf_enhanced",  # its search for the least error; plain min-max, its default, is behind it
         default_param_bw=job.weight_bits,
-        default_output_bw=job.activation_bits,
+        default_output_bw=max(4, job.activation_bits),  # it takes no fewer here
         config_file="default",
     )
     model = sim.model
+    _set_activation_bits(sim, job.activation_bits)
     _round_depthwise_once(model)
     first, last = model.get_submodule("stem_0"), model.get_submodule("head")
     for quantizer in (
