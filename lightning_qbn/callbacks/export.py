@@ -30,6 +30,7 @@ from lightning_qbn.callbacks.choosing import Chosen
 from lightning_qbn.callbacks.exported import arguments_of, exported_network
 from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.order import check_trainer, find
+from lightning_qbn.callbacks.progress import busy
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
 from lightning_qbn.export.formats import check_formats, export_files
@@ -189,7 +190,10 @@ class QuantizedExport(Callback):
         self.source = chosen or Chosen("last", max(trainer.current_epoch - 1, 0), trainer.global_step)
         # All ranks wait for the file, and hear of it where it cannot be written.
         metrics = _metrics(trainer, reestimation)
-        on_all_ranks(lambda: self._export(pl_module, example, metrics) if trainer.is_global_zero else None, ExportError)
+        with busy(trainer, f"Exporting {self.path.name}"):
+            on_all_ranks(
+                lambda: self._export(pl_module, example, metrics) if trainer.is_global_zero else None, ExportError
+            )
 
     _example: tuple[Any, ...] | None = None
 
