@@ -62,8 +62,10 @@ def rate_of(bits: int, peak: float, last: float | None) -> tuple[float, Reason]:
         share, source = 0.01, f"{WU}; {LSQ}"
     elif bits >= 5:
         share, source = 0.03, _BETWEEN
-    else:
+    elif bits == 4:
         share, source = 0.1, LSQ
+    else:
+        share, source = 0.3, f"{NAGEL}, code: three times that of 4 bits"
     return share * peak, (f"{share:.0%} of the float peak, {peak:g}", source)
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import run_module
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -67,3 +68,23 @@ def test_groups_in_the_readme_are_the_groups_of_the_package():
     assert set(re.findall(r"`(\w+)`", listed)) == {
         path.name for path in configs.iterdir() if path.is_dir() and path.name[0] != "_"
     }
+
+
+_OF_THE_READER = ("...", "mine.", "pictures", "imagenet", "my_configs", "model=torchvision", "float.ckpt", "model.onnx")
+_LARGE = ("fashion_mnist", "launcher=", "hparams_search=", "trainer=")  # have tests of their own
+_QUICK = ["debug=steps", "qat.control=false", "callbacks.progress=null", "trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted({c.strip() for c in COMMANDS}))
+def test_command_runs(command, tmp_path):
+    """Every command shown runs, for two steps where it trains; those that name the reader's files have other tests."""
+    words = shlex.split(command)[1:]
+    if any(part in command for part in (*_OF_THE_READER, *_LARGE)):
+        pytest.skip("names files of the reader, or is run by another test")
+    if words[:1] == ["collect"]:
+        run_module("lightning_qbn.cli", ("-m", "qat.epochs=1", "callbacks.export=null", *_QUICK), tmp_path)
+    elif "--help" not in words:
+        words += _QUICK
+    done = run_module("lightning_qbn.cli", tuple(words), tmp_path)
+    assert done.returncode == 0, done.stderr

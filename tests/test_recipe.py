@@ -27,8 +27,8 @@ def recipe(weight_bits=4, activation_bits=8, scale="learned", epochs=90, peak_lr
         (8, 9, 0.001, 1e-4, False),
         (6, 14, 0.003, 1e-4, False),
         (4, 18, 0.01, 1e-4, True),
-        (3, 18, 0.01, 0.5e-4, True),
-        (2, 18, 0.01, 0.25e-4, True),
+        (3, 18, 0.03, 0.5e-4, True),
+        (2, 18, 0.03, 0.25e-4, True),
     ],
 )
 def test_settings_go_by_the_bits(bits, epochs, lr, decay, freezes):
@@ -103,7 +103,7 @@ def test_a_mapping_will_do():
 def test_every_recipe_is_shorter_and_gentler_than_the_float_training(bits, epochs, peak):
     found = recipe(bits, epochs=epochs, peak_lr=peak)
     assert 1 <= found.epochs <= max(1, math.ceil(0.2 * epochs))
-    assert 0 < found.lr <= 0.1 * peak * (1 + 1e-9)
+    assert 0 < found.lr <= 0.3 * peak * (1 + 1e-9)
 
 
 def test_rules_are_printed_with_their_values_and_sources():
@@ -144,7 +144,7 @@ def test_groups_keep_their_proportions():
         lr=1.0,
     )
     recipe(2, weight_decay=1e-4).set_rates(optimizer.param_groups)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.0025])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.03, 0.0075])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25e-4, 0]
 
 
