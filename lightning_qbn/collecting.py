@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_qbn.errors import ConfigurationError
@@ -19,7 +21,8 @@ from lightning_qbn.plots import plot_sweep
 
 _STAGES = ("float", "before_reestimation", "after_reestimation", "onnx")
 _FIRST = ("quantization", "qat", "reestimation", "model", "data")  # parts of a configuration, the most telling first
-_LEFT_OUT = ("callbacks", "paths", "trainer.max_epochs", "hydra", "logger", "threads")  # they follow other keys
+_LAST = ("callbacks", "trainer")  # most of them only repeat other keys
+_LEFT_OUT = ("paths", "hydra")
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FinishedRun], dict[Pa
 
 def _run_folders(folder: Path) -> list[Path]:
     """Folders that hold a report, or were set up by Hydra for one."""
-    found = {path.parent for name in ("report.json", ".hydra/config.yaml") for path in folder.rglob(name)}
-    return sorted({path.parent if path.name == ".hydra" else path for path in found}, key=_natural)
+    found = {path.parent for path in folder.rglob("report.json")}
+    # Commands that train nothing have a folder of Hydra as well.
+    found |= {path.parent.parent for path in folder.rglob(".hydra/config.yaml") if "\nqat:" in f"\n{path.read_text()}"}
+    return sorted(found, key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -95,7 +100,11 @@ def _try(folder: Path) -> FinishedRun | str:
     """The run, or why it cannot be read."""
     error = folder / "error.txt"
     if not (folder / "report.json").is_file():
-        return error.read_text().partition("\n")[0] if error.is_file() else "no report.json: it did not end"
+        return (
+            error.read_text().partition("\n")[0]
+            if error.is_file()
+            else "no report.json: it did not end, or had no report"
+        )
     try:
         return _read(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
@@ -104,7 +113,7 @@ def _try(folder: Path) -> FinishedRun | str:
 
 def _read(folder: Path) -> FinishedRun:
     report = json.loads((folder / "report.json").read_text())
-    config = dict(_flat(report["config"] or {}))
+    config = dict(flat(report["config"] or {}))
     inside = str(config.get("paths.output_dir", folder))
     config = {key: value for key, value in config.items() if not str(value).startswith(inside)}
     accuracy = {stage: report["accuracy"].get(stage) for stage in _STAGES}
@@ -112,10 +121,11 @@ def _read(folder: Path) -> FinishedRun:
     return FinishedRun(folder, config, accuracy, curve, report["metric"], report["sizes"]["onnx"])
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Every key of a nested configuration, such as ``qat.epochs``, and its value."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -133,24 +143,34 @@ def differing_keys(runs: list[FinishedRun]) -> list[str]:
 
 def _rank(key: str) -> int:
     part = key.partition(".")[0]
-    return _FIRST.index(part) if part in _FIRST else len(_FIRST)
+    order = (*_FIRST, "", *_LAST)
+    return order.index(part if part in order else "")
 
 
 def to_table(runs: list[FinishedRun], broken: dict[Path, str]) -> Table:
     """One row a run, for a terminal; broken ones stand below with the reason."""
     keys = differing_keys(runs)
+    names = _short_names([*(run.folder for run in runs), *broken])
     table = Table(title=f"{len(runs)} runs", title_justify="left", caption_justify="left")
     for column in ("run", *(key.removeprefix("quantization.") for key in keys)):
-        table.add_column(column, overflow="fold")
+        table.add_column(escape(column), overflow="fold")
     for column in ("float", "before", "after", "onnx"):
         table.add_column(column, justify="right")
     for run in runs:
         values = [_text(run.config.get(key)) for key in keys]
         numbers = [run.accuracy.get(stage) for stage in _STAGES]
-        table.add_row(run.folder.name, *values, *("-" if n is None else f"{n:.4f}" for n in numbers))
+        cells = (names[run.folder], *values, *("-" if n is None else f"{n:.4f}" for n in numbers))
+        table.add_row(*(escape(cell) for cell in cells))
     if broken:
-        table.caption = "\n".join(f"left out: {path.name}: {reason}" for path, reason in broken.items())
+        table.caption = escape("\n".join(f"left out: {names[path]}: {reason}" for path, reason in broken.items()))
     return table
+
+
+def _short_names(folders: list[Path]) -> dict[Path, str]:
+    """Each folder as written from the one that holds all of them."""
+    whole = [str(folder.absolute()) for folder in folders]
+    base = os.path.commonpath(whole) if len(set(whole)) > 1 else os.path.dirname(whole[0]) if whole else ""
+    return {folder: os.path.relpath(name, base) for folder, name in zip(folders, whole, strict=True)}
 
 
 def to_csv(runs: list[FinishedRun]) -> str:

@@ -28,7 +28,13 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     given = {key: value for key, value in cfg.qat.optimizer.items() if value is not None}
     if not cfg.qat.get("recipe"):
         _set_reestimation(cfg.reestimation, None)
-        if cfg.qat.epochs is None or "_target_" not in given:
+        takes = cfg.model.get("takes_optimizer", True)
+        if not takes and "_target_" in given:
+            raise ConfigurationError(
+                "The module has optimizers of its own (model.takes_optimizer is false), so that qat.optimizer changes "
+                "nothing. Follow the recipe, which sets their rates, or leave them alone: qat.optimizer._target_=null."
+            )
+        if cfg.qat.epochs is None or (takes and "_target_" not in given):
             raise ConfigurationError(
                 "Without a recipe qat.epochs and qat.optimizer._target_ have to be set. qat=short has both."
             )

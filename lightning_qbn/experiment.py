@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -38,7 +37,7 @@ from lightning_qbn.recipe import QATRecipe
 from lightning_qbn.sweeps import done_before
 
 # What of the trainer's settings changes no weight of the float network.
-_COSMETIC = {
+COSMETIC = {
     "max_epochs",
     "default_root_dir",
     "log_every_n_steps",
@@ -152,10 +151,9 @@ def _module(cfg: DictConfig, training: DictConfig, weights: str | Path | None = 
     seed_everything(cfg.seed, workers=True, verbose=False)
     make = instantiate(cfg.model.module, _partial_=True)
     scheduler = instantiate(training.scheduler) if training.scheduler else None
-    given = {"optimizer": instantiate(training.optimizer), "scheduler": scheduler}
     # A module of one's own has optimizers of its own, which a recipe gives its rates.
-    taken = inspect.signature(make.func).parameters
-    module: LightningModule = make(**{k: v for k, v in given.items() if k in taken and k not in make.keywords})
+    takes = cfg.model.get("takes_optimizer", True)
+    module: LightningModule = make(optimizer=instantiate(training.optimizer), scheduler=scheduler) if takes else make()
     if weights is not None:
         load_float(module, weights)
     return module
@@ -167,32 +165,40 @@ def _float_weights(cfg: DictConfig, data: LightningDataModule) -> Path:
     if named is not None:
         return Path(named)
     path = Path(cfg.paths.float_dir) / f"{float_key(cfg)}.ckpt"
-    if path.is_file():
+    if _is_whole(path):
         _say(f"Float network from {path}")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Jobs side by side train it once. The processes of one job train it together, and must not wait for each other.
-    alone = "LOCAL_RANK" not in os.environ
+    alone = not any(name in os.environ for name in ("LOCAL_RANK", "RANK", "SLURM_LOCALID"))
     with FileLock(path.with_suffix(".lock")) if alone else nullcontext():
-        if alone and path.is_file():
+        if alone and _is_whole(path):
             _say(f"Float network from {path}")
         else:
             _train_float(cfg, data, path)
     return path
 
 
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _train_float(cfg: DictConfig, data: LightningDataModule, path: Path) -> None:
     _say(f"Float training, {cfg.model.epochs} epochs")
     trainer = _plain_trainer(cfg, cfg.model.epochs, [])
     trainer.fit(_module(cfg, cfg.model), datamodule=data)
-    with atomic(path) as temporary:
-        trainer.save_checkpoint(temporary)
+    if trainer.is_global_zero:
+        with atomic(path) as temporary:
+            trainer.save_checkpoint(temporary)
+    else:
+        trainer.save_checkpoint(path)  # only rank zero writes, but all of them meet in there
+    trainer.strategy.barrier("float network")  # and the others read what it has put in place
 
 
 def float_key(cfg: DictConfig) -> str:
     """Hash of everything that determines the float weights."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    trainer = {key: value for key, value in plain["trainer"].items() if key not in _COSMETIC}
+    trainer = {key: value for key, value in plain["trainer"].items() if key not in COSMETIC}
     model = {key: value for key, value in plain["model"].items() if key not in ("checkpoint", "metric")}
     what = [__version__, model, plain["data"], trainer, plain["seed"]]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -235,4 +241,4 @@ def _plain_trainer(cfg: DictConfig, epochs: int, callbacks: list[Callback]) -> T
 
 
 def _say(text: str) -> None:
-    Console().print(text, style="bold", highlight=False)
+    Console().print(text, style="bold", highlight=False, markup=False)

@@ -43,7 +43,10 @@ def _of_groups(known: list[Choice]) -> Table:
 
 def _of_keys(known: list[Choice]) -> Table:
     """Of the main file, and of the first choice of each group that has the key."""
-    table = Table("key", "value", "", title="Keys: KEY=VALUE", title_justify="left", box=None)
+    table = Table(title="Keys: KEY=VALUE", title_justify="left", box=None)
+    table.add_column("key", no_wrap=True, overflow="ignore")  # to be typed as it stands
+    for column in ("value", ""):
+        table.add_column(column, overflow="fold")
     seen = set()
     order = sorted(known[1:], key=lambda choice: choice.name != "default")
     for choice in (known[0], *order):

@@ -98,11 +98,11 @@ def hints(overrides: Iterable[str]) -> list[str]:
     found = []
     for override in overrides:
         name, equals, value = override.lstrip("~").partition("=")
-        if override.startswith(("+", "-", "hydra")) or not equals:
+        if override.startswith(("+", "-", "hydra")) or not equals or value.startswith("["):
             continue
         if name in groups and value not in ("null", *groups[name]) and "," not in value:
             found.append(f"{override}: {name} is one of {', '.join(groups[name])}.")
-        elif name not in groups and name not in keys:
+        elif name not in groups and name not in keys and not name.rpartition(".")[2].startswith("_"):
             near = difflib.get_close_matches(name, [*keys, *groups], n=3, cutoff=0.5)
             found.append(f"{override}: there is no key {name}." + (f" Nearest: {', '.join(near)}." if near else ""))
     return found

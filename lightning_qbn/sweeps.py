@@ -75,8 +75,18 @@ def summarize(folders: list[Path], target: Path) -> list[FinishedRun]:
     console = Console()
     console.print(collecting.to_table(runs, broken))
     for path in collecting.write(runs, target) if runs else []:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
     return runs
+
+
+def _essence(config: dict[str, Any]) -> dict[str, str]:
+    """What of a configuration changes the result, wherever its folder lies."""
+    from lightning_qbn.collecting import flat
+    from lightning_qbn.experiment import COSMETIC
+
+    folder = config["paths"]["output_dir"]
+    left_out = ("paths.", "logger.", "threads", *(f"trainer.{name}" for name in COSMETIC - {"max_epochs"}))
+    return {key: str(value).replace(folder, "") for key, value in flat(config) if not key.startswith(left_out)}
 
 
 def done_before(cfg: DictConfig) -> dict[str, Any] | None:
@@ -93,7 +103,7 @@ def done_before(cfg: DictConfig) -> dict[str, Any] | None:
     from lightning_qbn.errors import ConfigurationError
 
     report: dict[str, Any] = json.loads(path.read_text())
-    if report["config"] != json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True))):
+    if _essence(report["config"]) != _essence(json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True)))):
         raise ConfigurationError(
             f"{path.parent} holds another run. Continue a sweep with the overrides that it was started with, or give "
             f"it another hydra.sweep.dir."

@@ -81,22 +81,59 @@ def test_the_csv_file_has_every_run(tmp_path):
 def test_broken_runs_are_left_out_with_a_word(tmp_path, content, word):
     finish(tmp_path / "0", 1)
     (tmp_path / "1/.hydra").mkdir(parents=True)
-    (tmp_path / "1/.hydra/config.yaml").write_text("{}")
+    (tmp_path / "1/.hydra/config.yaml").write_text("qat: {}\n")
     if content is not None:
         (tmp_path / "1/report.json").write_text(content)
     runs, broken = read_runs([tmp_path])
     assert [run.folder.name for run in runs] == ["0"]
     assert word in broken[tmp_path / "1"]
-    assert word in text_of(to_table(runs, broken))
+    assert word in " ".join(text_of(to_table(runs, broken)).split())
 
 
 def test_a_job_that_failed_is_left_out_with_its_error(tmp_path):
     (tmp_path / "0/.hydra").mkdir(parents=True)
-    (tmp_path / "0/.hydra/config.yaml").write_text("{}")
+    (tmp_path / "0/.hydra/config.yaml").write_text("qat: {}\n")
     (tmp_path / "0/error.txt").write_text("ValueError: too many bits\n\nTraceback ...\n")
     runs, broken = read_runs([tmp_path])
     assert not runs
     assert broken == {tmp_path / "0": "ValueError: too many bits"}
+
+
+def test_brackets_in_names_and_reasons_are_text(tmp_path):
+    finish(tmp_path / "skip=[stem],[/b]", 1)
+    (tmp_path / "1/.hydra").mkdir(parents=True)
+    (tmp_path / "1/.hydra/config.yaml").write_text("qat:\n  epochs: 1\n")
+    (tmp_path / "1/error.txt").write_text("ValueError: no [/data/x] for [head]\n")
+    text = text_of(to_table(*read_runs([tmp_path])))
+    assert "skip=[stem],[/b]" in text
+    assert "no [/data/x] for [head]" in " ".join(text.split())
+
+
+def test_runs_of_several_sweeps_have_different_names(tmp_path):
+    for sweep in "ab":
+        finish(tmp_path / sweep / "0", 1)
+    text = text_of(to_table(*read_runs([tmp_path / "a", tmp_path / "b"])))
+    assert "a/0" in text
+    assert "b/0" in text
+
+
+def test_folders_of_other_commands_are_no_runs(tmp_path):
+    finish(tmp_path / "0", 1)
+    (tmp_path / "1/.hydra").mkdir(parents=True)
+    (tmp_path / "1/.hydra/config.yaml").write_text("dir: logs\n")
+    runs, broken = read_runs([tmp_path])
+    assert len(runs) == 1
+    assert not broken
+
+
+def test_keys_of_callbacks_are_told_where_they_alone_differ(tmp_path):
+    for number in (0, 1):
+        finish(tmp_path / str(number), 1)
+        path = tmp_path / str(number) / "report.json"
+        report = json.loads(path.read_text())
+        report["config"]["callbacks"]["freeze"] = {"start": number}
+        path.write_text(json.dumps(report))
+    assert differing_keys(read_runs([tmp_path])[0]) == ["callbacks.freeze.start"]
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])

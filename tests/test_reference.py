@@ -60,7 +60,8 @@ def test_wrong_keys_get_the_nearest_right_ones(override, said):
     "override",
     [
         *["qat.epochs=3", "data=digits", "data=digits,fashion_mnist", "+trainer.fast_dev_run=true", "-m", "seed"],
-        *["hydra.run.dir=x", "oscillation=null", "~callbacks.export"],
+        *["hydra.run.dir=x", "oscillation=null", "~callbacks.export", "model.module._target_=mine.Mine"],
+        *["experiment=[w4a8,w8a8]"],
     ],
 )
 def test_right_ones_get_no_hint(override):
@@ -75,6 +76,14 @@ def test_help_is_whole_and_imports_no_torch(tmp_path):
         "import sys; sys.argv[1:] = ['-h']; import lightning_qbn.cli as c; c.main(); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_keys_in_the_help_can_be_typed_in_a_narrow_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code = "import sys, lightning_qbn.cli as c; sys.argv[1:] = ['-h']; c.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "…" not in done.stdout
+    assert "qat.schedule.freeze_observers_at " in done.stdout
 
 
 def test_a_wrong_key_on_the_command_line(tmp_path):

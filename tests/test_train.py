@@ -123,6 +123,11 @@ def test_a_sweep_sums_up_its_runs_goes_on_where_it_was_and_loses_none_to_a_faile
     assert again.stdout.count("Done before") == 1
     assert again.stdout.count("Quantization-aware training") == 1
     assert (tmp_path / "sweep/sweep.csv").read_text().splitlines() == table
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    moved = [word.replace("dir=sweep", "dir=moved") for word in words]
+    elsewhere = cli(tmp_path, *moved, bits, "trainer.log_every_n_steps=7", check=False)
+    assert elsewhere.stdout.count("Done before") == 2
+    words = moved
     other = cli(tmp_path, *words, "quantization.weight_bits=3,4", check=False)
     assert "holds another run" in other.stderr + other.stdout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,16 @@ class Datasets(LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if not is_whole(value, least):
                 raise ConfigurationError(f"{name} must be a whole number of at least {least}, found {value!r}.")
+        count = len(train)  # type: ignore[arg-type]
+        held = math.floor(count * validation_share) if validation is None else len(validation)  # type: ignore[arg-type]
+        kept = count - held if validation is None else count
+        if kept < (batch_size if drop_last else 1) or not held:
+            raise ConfigurationError(
+                f"There are {kept} images to train on and {held} to validate, too few for batches of {batch_size}. "
+                f"Take a smaller batch_size, or a larger validation_share."
+            )
         if validation is None:
-            generator = torch.Generator().manual_seed(seed)
-            train, validation = random_split(train, [1 - validation_share, validation_share], generator)
+            train, validation = random_split(train, [kept, held], torch.Generator().manual_seed(seed))
         self.splits = {"train": train, "validation": validation, "test": test}
         self.batch_size, self.num_workers, self.drop_last = batch_size, num_workers, drop_last
 

@@ -128,6 +128,20 @@ def test_without_a_recipe_everything_has_to_be_set(tmp_path):
         derived.fill(composed(tmp_path, "qat.recipe=null"))
 
 
+OWN = ["model=own", "model.module._target_=mine.Mine", "model.epochs=10", "model.optimizer.lr=0.1"]
+OWN += ["model.metric.num_classes=10"]
+
+
+def test_a_module_with_optimizers_of_its_own_has_no_others(tmp_path):
+    recipe = derived.fill(composed(tmp_path, *OWN))
+    assert recipe.lr == pytest.approx(0.03)
+    with pytest.raises(ConfigurationError, match="optimizers of its own"):
+        derived.fill(composed(tmp_path, *OWN, "qat=short"))
+    cfg = composed(tmp_path, *OWN, "qat=short", "qat.optimizer._target_=null")
+    assert derived.fill(cfg) is None
+    assert cfg.qat.epochs == 2
+
+
 def test_an_optimizer_of_ones_own_gets_the_rate(tmp_path):
     other = ["qat.optimizer._target_=torch.optim.SGD", "+qat.optimizer.momentum=0.9"]
     with pytest.raises(ConfigurationError, match=r"Set qat\.optimizer\.lr as well"):

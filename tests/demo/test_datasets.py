@@ -22,7 +22,7 @@ def test_a_share_of_the_training_images_validates():
     assert [len(split) for split in (data.splits["train"], data.splits["validation"])] == [45, 5]
     again = Datasets(pictures(), batch_size=4)
     assert data.splits["validation"].indices == again.splits["validation"].indices
-    assert Datasets(pictures(), seed=1).splits["validation"].indices != again.splits["validation"].indices
+    assert Datasets(pictures(), batch_size=4, seed=1).splits["validation"].indices != again.splits["validation"].indices
     assert next(iter(data.train_dataloader()))[0].shape == (4, 1, 8, 8)
     assert data.test_dataloader() is None
 
@@ -47,6 +47,8 @@ class Stream(IterableDataset):
         ({"validation_share": 1}, "validation_share"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
+        ({"train": TensorDataset(torch.zeros(5, 1), torch.zeros(5)), "batch_size": 2}, "0 to validate"),
+        ({"batch_size": 64}, "45 images to train on"),
     ],
 )
 def test_what_is_no_dataset_or_no_size_is_refused(settings, word):
@@ -81,8 +83,9 @@ from torch.utils.data import TensorDataset
 
 
 class Mine(L.LightningModule):
-    def __init__(self, width=8):
+    def __init__(self, width=8, optimizer="adam"):  # an argument that is its own affair
         super().__init__()
+        assert optimizer == "adam"
         self.body = nn.Sequential(
             nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 10)
         )
