@@ -169,7 +169,7 @@ def to_table(runs: list[FinishedRun], broken: dict[Path, str]) -> Table:
 def _short_names(folders: list[Path]) -> dict[Path, str]:
     """Each folder as written from the one that holds all of them."""
     whole = [str(folder.absolute()) for folder in folders]
-    base = os.path.commonpath(whole) if len(set(whole)) > 1 else os.path.dirname(whole[0]) if whole else ""
+    base = os.path.commonpath(whole) if len(set(whole)) > 1 else str(Path(whole[0]).parent) if whole else ""
     return {folder: os.path.relpath(name, base) for folder, name in zip(folders, whole, strict=True)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -199,3 +200,16 @@ def test_bad_input_is_said_before_training(message, refused):
     assert "Quantization-aware training" not in done.stdout
     assert not list(folder.glob("**/report.json"))
     assert not list(folder.glob("**/*.onnx"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_float_network_and_leave_it_whole(tmp_path):
+    """Started as the how-to says; the second process imports everything again, so that this takes its time."""
+    words = ["trainer=ddp", "trainer.accelerator=cpu", "hydra.run.dir=run", *FAST, "callbacks.export=null"]
+    command = [sys.executable, "-m", "lightning_qbn.train", *words]
+    for expected in ("Float training", "Float network from"):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+        (path,) = tmp_path.glob("logs/float/*.ckpt")
+        assert torch.load(path, weights_only=True)["state_dict"]
