@@ -52,7 +52,7 @@ class QATRecipe:
         decay_share: of the weight decay of float training.
         freeze_weights: whether oscillating weights are frozen (`WeightFreezing`).
         freeze_observers: whether ranges are observed, and stop before the end.
-        exact_statistics: whether activations have so few bits that a small shift of a batch-norm moves their integers.
+        exact_statistics: whether there are so few bits that the rounding of a bias, or a small shift, moves integers.
         reasons: of epochs, lr and weight_decay: why, and by which source.
     """
 
@@ -93,14 +93,14 @@ class QATRecipe:
         """
         config = as_config(config)
         _check(epochs, peak_lr, last_lr, weight_decay)
-        bits = fewest_bits(config, "weight_bits", "activation_bits")
+        bits = fewest_bits(config)
         length, why_length = length_of(bits, epochs)
         rate, why_rate = rate_of(bits, peak_lr, last_lr)
         share, why_decay = decay_of(bits, weight_decay)
         decay = None if weight_decay is None else share * weight_decay
         reasons = {"epochs": why_length, "lr": why_rate, "weight_decay": why_decay}
-        few = fewest_bits(config, "activation_bits") <= 4
-        return cls(bits, length, rate, decay, share, bits <= 4, config.scale == "observed", few, reasons)
+        few = bits <= 4
+        return cls(bits, length, rate, decay, share, few, config.scale == "observed", few, reasons)
 
     def changed(self, **settings: Any) -> QATRecipe:
         """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which.

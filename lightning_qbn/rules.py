@@ -15,7 +15,6 @@ _GUIDE = "AIMET's guide"
 _BETWEEN = "between the two"
 _NOT_FROZEN = "more than 4 bits, or another callback for oscillations was chosen"
 
-_FLOAT = 32
 Reason = tuple[str, str]  # and its source
 
 
@@ -29,17 +28,12 @@ class Rule:
     source: str
 
 
-def fewest_bits(config: QuantizationConfig, *kinds: str) -> int:
-    """Of all layers; 32 where nothing is quantized.
-
-    Args:
-        config: what is quantized.
-        *kinds: ``weight_bits``, ``activation_bits`` or both.
-    """
-    settings = [{kind: getattr(config, kind) for kind in kinds}]
+def fewest_bits(config: QuantizationConfig) -> int:
+    """Of weights and activations of all layers."""
+    settings = [{"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}]
     settings += [dict(override) for override in config.overrides.values()]
-    widths = [layer.get(kind) for layer in settings for kind in kinds]
-    return min((bits for bits in widths if bits is not None), default=_FLOAT)
+    widths = [layer.get(kind) for layer in settings for kind in ("weight_bits", "activation_bits")]
+    return min(bits for bits in widths if bits is not None)
 
 
 def length_of(bits: int, epochs: int) -> tuple[int, Reason]:
@@ -86,7 +80,7 @@ def statistics_rule(exact: bool) -> Rule:
     """How batch-norm is re-estimated at the end."""
     if exact:
         value = "layer by layer, biases whole"
-        return Rule("re-estimation", value, "a small shift moves the integers of whole areas", "measured here")
+        return Rule("re-estimation", value, "a bias rounded, or a small shift, moves integers", "measured here")
     return Rule("re-estimation", "in one pass", "integers jumped while statistics were averaged", f"{NAGEL}, 4.1")
 
 

@@ -155,7 +155,8 @@ def test_an_optimizer_of_ones_own_gets_the_rate(tmp_path):
     ("overrides", "mode", "whole"),
     [
         (["quantization.activation_bits=4"], "sequential", True),
-        (["quantization.activation_bits=8"], "joint", False),
+        (["quantization.weight_bits=6"], "joint", False),
+        ([], "sequential", True),
         (["quantization.activation_bits=4", "reestimation.mode=joint"], "joint", False),
         (["quantization.activation_bits=4", "reestimation.whole_biases=false"], "sequential", False),
         (["quantization.activation_bits=4", "qat=short"], "joint", False),
