@@ -18,7 +18,7 @@ def main() -> None:
     sys.path.append("")  # classes of one's own, named by _target_, beside where the command is started
     commands = {"train": train, "export": export, "evaluate": evaluate, "collect": collect}
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if word in ("--help", "-h", "help"):
+    if word in ("--help", "-h", "help") or sys.argv[1:3] in (["train", "--help"], ["train", "-h"]):
         from lightning_qbn.help import print_help
 
         return print_help()

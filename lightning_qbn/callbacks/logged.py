@@ -32,22 +32,31 @@ def log_numbers(trainer: Trainer, numbers: Mapping[str, float | None]) -> None:
 
 def log_picture(trainer: Trainer, name: str, draw: Callable[[], Figure]) -> None:
     """On rank zero, drawn only where a logger takes it."""
-    takers = [logger for logger in trainer.loggers if isinstance(logger, tuple(_PICTURE))]
-    if takers and trainer.is_global_zero:
-        figure = draw()
-        for logger in takers:
-            _of(_PICTURE, logger)(logger, name, figure, trainer.global_step)
+    if not trainer.is_global_zero:
+        return
+    takers = [(logger, way) for logger in trainer.loggers if (way := _way_for_pictures(logger)) is not None]
+    figure = draw() if takers else None
+    for logger, way in takers:
+        way(logger, name, figure, trainer.global_step)
+
+
+def _way_for_pictures(logger: object) -> Any:
+    # A writer such as TensorBoard's, whoever made the logger.
+    if callable(getattr(getattr(logger, "experiment", None), "add_figure", None)):
+        return lambda logger, name, figure, step: logger.experiment.add_figure(name, figure, global_step=step)
+    return _of(_PICTURE, logger)
 
 
 def log_table(trainer: Trainer, name: str, head: Head, rows: Rows) -> None:
     """On rank zero."""
     for logger in trainer.loggers:
-        if trainer.is_global_zero and isinstance(logger, tuple(_TABLE)):
-            _of(_TABLE, logger)(logger, name, head, rows, trainer.global_step)
+        way = _of(_TABLE, logger)
+        if trainer.is_global_zero and way is not None:
+            way(logger, name, head, rows, trainer.global_step)
 
 
 def _of(ways: dict[type, Any], logger: object) -> Any:
-    return next(way for kind, way in ways.items() if isinstance(logger, kind))
+    return next((way for kind, way in ways.items() if isinstance(logger, kind)), None)
 
 
 def _file(logger: CSVLogger, name: str) -> Path:
@@ -70,7 +79,6 @@ def _markdown(head: Head, rows: Rows) -> str:
 
 
 _PICTURE: dict[type, Callable[[Any, str, Figure, int], None]] = {
-    TensorBoardLogger: lambda logger, name, figure, step: logger.experiment.add_figure(name, figure, step),
     MLFlowLogger: lambda logger, name, figure, step: logger.experiment.log_figure(logger.run_id, figure, f"{name}.png"),
     WandbLogger: lambda logger, name, figure, step: logger.log_image(name, [figure], step=step),
     CSVLogger: _csv_picture,
