@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from forks import run_module
+from once import once
 from onnx import numpy_helper
 
 from lightning_qbn import ConfigurationError
@@ -52,7 +53,11 @@ def cli(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A short run, and every command on its results."""
-    folder = tmp_path_factory.mktemp("commands")
+    folder, (results, before) = once(tmp_path_factory, "commands", run_all)
+    return folder, results, before
+
+
+def run_all(folder):
     run = cli(folder, *RUN)
     assert run.returncode == 0, run.stderr
     torch.save({"head.weight": torch.zeros(1)}, folder / "float.pt")
@@ -64,7 +69,7 @@ def done(tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda name: cli(folder, *COMMANDS[name], f"hydra.run.dir=out/{name}"), COMMANDS)
         results = dict(zip(COMMANDS, found, strict=True))
-    return folder, results, before
+    return results, before
 
 
 def test_a_finished_run_is_exported_again_with_the_model_that_it_had(done):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-_DEFAULT = ("quickstart",)  # in the default run
 _SECONDS = 180  # of a cell, on a busy machine
 
 
@@ -28,9 +27,8 @@ def test_outputs_are_stripped(path):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in _DEFAULT else pytest.mark.slow) for p in NOTEBOOKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path):
     pytest.importorskip("nbmake")
     shutil.copy(path, tmp_path)

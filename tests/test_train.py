@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import run_module
+from once import once
 
 FAST = ["debug=steps", "qat.control=false", "callbacks.progress=null", "trainer.enable_progress_bar=false"]
 
@@ -24,10 +25,9 @@ def cli(directory: Path, *overrides: str, check: bool = True) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory) -> tuple[Path, str]:
     """The demonstration, whole: folder of the run and what was printed."""
-    directory = tmp_path_factory.mktemp("short")
-    done = cli(directory, "qat=short")
+    directory, printed = once(tmp_path_factory, "short", lambda folder: cli(folder, "qat=short").stdout)
     (run,) = directory.glob("logs/runs/*/*")
-    return run, done.stdout
+    return run, printed
 
 
 def test_short_run_shows_what_the_method_is_for(short_run):
