@@ -134,7 +134,7 @@ def differing_keys(runs: list[FinishedRun]) -> list[str]:
     """Keys by which runs differ, without those that only repeat another one."""
     keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(_LEFT_OUT))
     columns: dict[str, str] = {}
-    for key in sorted(keys, key=lambda key: (_rank(key), list(keys).index(key))):
+    for key in sorted(keys, key=_rank):
         values = [json.dumps(run.config.get(key)) for run in runs]
         if len(set(values)) > 1:
             columns.setdefault(json.dumps(values), key)

@@ -27,35 +27,10 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     _check(cfg)
     given = {key: value for key, value in cfg.qat.optimizer.items() if value is not None}
     if not cfg.qat.get("recipe"):
-        _set_reestimation(cfg.reestimation, None)
-        takes = cfg.model.get("takes_optimizer", True)
-        if not takes and "_target_" in given:
-            raise ConfigurationError(
-                "The module has optimizers of its own (model.takes_optimizer is false), so that qat.optimizer changes "
-                "nothing. Follow the recipe, which sets their rates, or leave them alone: qat.optimizer._target_=null."
-            )
-        if cfg.qat.epochs is None or (takes and "_target_" not in given):
-            raise ConfigurationError(
-                "Without a recipe qat.epochs and qat.optimizer._target_ have to be set. qat=short has both."
-            )
-        with open_dict(cfg):
-            cfg.qat.optimizer = given  # null was what a recipe would fill in
+        _without_recipe(cfg, given)
         return None
-    if cfg.qat.scheduler is not None:
-        raise ConfigurationError(
-            "qat.scheduler is set, and the recipe has a schedule of its own. Take one away: qat=short has no recipe."
-        )
     trained: Any = cfg.model.optimizer
-    if trained.get("lr") is None:
-        raise ConfigurationError(
-            "The recipe goes by the learning rate of float training, and model.optimizer.lr is not set. Set it, or "
-            "take settings of your own: qat=short."
-        )
-    if given.get("_target_", trained["_target_"]) != trained["_target_"] and "lr" not in given:
-        raise ConfigurationError(
-            f"The recipe goes by the learning rate of float training, which is one for {trained['_target_']}, and "
-            f"qat.optimizer is {given['_target_']}. Set qat.optimizer.lr as well."
-        )
+    _check_float_training(cfg, trained, given)
     recipe = QATRecipe.from_float(
         instantiate(cfg.quantization),
         cfg.model.epochs,
@@ -73,6 +48,39 @@ def fill(cfg: DictConfig) -> QATRecipe | None:
     with open_dict(cfg):
         cfg.qat.optimizer = OmegaConf.merge(base, given, derived)
     return recipe
+
+
+def _without_recipe(cfg: DictConfig, given: dict[str, Any]) -> None:
+    _set_reestimation(cfg.reestimation, None)
+    takes = cfg.model.get("takes_optimizer", True)
+    if not takes and "_target_" in given:
+        raise ConfigurationError(
+            "The module has optimizers of its own (model.takes_optimizer is false), so that qat.optimizer changes "
+            "nothing. Follow the recipe, which sets their rates, or leave them alone: qat.optimizer._target_=null."
+        )
+    if cfg.qat.epochs is None or (takes and "_target_" not in given):
+        raise ConfigurationError(
+            "Without a recipe qat.epochs and qat.optimizer._target_ have to be set. qat=short has both."
+        )
+    with open_dict(cfg):
+        cfg.qat.optimizer = given  # null was what a recipe would fill in
+
+
+def _check_float_training(cfg: DictConfig, trained: Any, given: dict[str, Any]) -> None:
+    if cfg.qat.scheduler is not None:
+        raise ConfigurationError(
+            "qat.scheduler is set, and the recipe has a schedule of its own. Take one away: qat=short has no recipe."
+        )
+    if trained.get("lr") is None:
+        raise ConfigurationError(
+            "The recipe goes by the learning rate of float training, and model.optimizer.lr is not set. Set it, or "
+            "take settings of your own: qat=short."
+        )
+    if given.get("_target_", trained["_target_"]) != trained["_target_"] and "lr" not in given:
+        raise ConfigurationError(
+            f"The recipe goes by the learning rate of float training, which is one for {trained['_target_']}, and "
+            f"qat.optimizer is {given['_target_']}. Set qat.optimizer.lr as well."
+        )
 
 
 def _check(cfg: DictConfig) -> None:

@@ -52,7 +52,6 @@ class QATRecipe:
         decay_share: of the weight decay of float training.
         freeze_weights: whether oscillating weights are frozen (`WeightFreezing`).
         freeze_observers: whether ranges are observed, and stop before the end.
-        exact_statistics: whether there are so few bits that the rounding of a bias, or a small shift, moves integers.
         reasons: of epochs, lr and weight_decay: why, and by which source.
     """
 
@@ -63,7 +62,6 @@ class QATRecipe:
     decay_share: float
     freeze_weights: bool
     freeze_observers: bool
-    exact_statistics: bool
     reasons: Mapping[str, tuple[str, str]]
 
     @classmethod
@@ -99,8 +97,7 @@ class QATRecipe:
         share, why_decay = decay_of(bits, weight_decay)
         decay = None if weight_decay is None else share * weight_decay
         reasons = {"epochs": why_length, "lr": why_rate, "weight_decay": why_decay}
-        few = bits <= 4
-        return cls(bits, length, rate, decay, share, few, config.scale == "observed", few, reasons)
+        return cls(bits, length, rate, decay, share, bits <= 4, config.scale == "observed", reasons)
 
     def changed(self, **settings: Any) -> QATRecipe:
         """The same with ``epochs``, ``lr`` or ``weight_decay`` of one's own; its rules say which.
@@ -126,7 +123,8 @@ class QATRecipe:
     @property
     def reestimation(self) -> dict[str, Any]:
         """Arguments for `BatchNormReestimation`."""
-        return {"mode": "sequential", "whole_biases": True} if self.exact_statistics else {"mode": "joint"}
+        # At few bits the rounding of a bias, or a small shift, moves integers.
+        return {"mode": "sequential", "whole_biases": True} if self.bits <= 4 else {"mode": "joint"}
 
     def observers_until(self, float_epochs: int = 0) -> int | None:
         """The epoch from which observed ranges stay, for the last quarter; None where they never stop.
@@ -149,7 +147,7 @@ class QATRecipe:
             Rule("augmentation", "crops and flips", "no mixed images or soft labels", f"{NAGEL}, code"),
             weight_rule(self.freeze_weights),
             range_rule(self.freeze_observers, self.observers_until()),
-            statistics_rule(self.exact_statistics),
+            statistics_rule("whole_biases" in self.reestimation),
         )
 
     def _decay_text(self) -> str:

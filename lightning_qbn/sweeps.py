@@ -6,6 +6,7 @@ import atexit
 import json
 import logging
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ class SweepSummary(Callback):
             _log.error("Job %s failed: %s", config.hydra.job.num, said)
 
     def _summarize(self) -> None:
-        if self._folder.is_dir() and any(self._folder.rglob("report.json")):
+        from lightning_qbn.errors import ConfigurationError
+
+        with suppress(ConfigurationError):  # commands that train nothing can be swept as well: there is no run
             summarize([self._folder], self._folder)
 
 

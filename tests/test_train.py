@@ -133,6 +133,13 @@ def test_a_sweep_sums_up_its_runs_goes_on_where_it_was_and_loses_none_to_a_faile
     assert "holds another run" in other.stderr + other.stdout
 
 
+def test_a_sweep_whose_jobs_all_failed_says_why(tmp_path):
+    done = cli(tmp_path, "-m", *FAST, "quantization.weight_bits=1,9", check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("ConfigurationError: weight_bits must be") >= 2
+    assert "0 runs" in done.stdout
+
+
 def test_resume_and_float_checkpoints(tmp_path):
     cli(tmp_path, *FAST, "hydra.run.dir=first")
     (weights,) = tmp_path.glob("logs/float/*.ckpt")

@@ -221,7 +221,7 @@ class BatchNormReestimation(Callback):
             return
         share_statistics(trainer, module)
         self.before = self._trial.measure(trainer, module)
-        result = self._estimate(trainer, module)
+        result = self._trial.estimate(trainer, module)
         try:
             self.after = self._trial.measure(trainer, module)
         except BaseException:
@@ -233,12 +233,11 @@ class BatchNormReestimation(Callback):
             result.undo()
         log(trainer, result, self.before, self.after)
         if self.kept:
-            write_again(trainer, module, self.chosen, result, self.state_key, lambda: self._estimate(trainer, module))
+            write_again(
+                trainer, module, self.chosen, result, self.state_key, lambda: self._trial.estimate(trainer, module)
+            )
         else:
             forget(trainer)
-
-    def _estimate(self, trainer: Trainer, module: LightningModule) -> Reestimation:
-        return self._trial.reestimate(trainer, module, frozen_batch_norms(trainer, batch_norms(module)))
 
     def _in_checkpoints(self) -> Reestimation | None:
         """What checkpoints hold in the place of the statistics of training."""

@@ -87,6 +87,10 @@ class Trial:
                 whole_biases=self.settings.whole_biases,
             )
 
+    def estimate(self, trainer: Trainer, module: LightningModule) -> Reestimation:
+        """Re-estimate in the middle of training, where training flags say what the user froze."""
+        return self.reestimate(trainer, module, frozen_batch_norms(trainer, batch_norms(module)))
+
     def point(
         self, trainer: Trainer, module: LightningModule, epoch: int, result: Reestimation | None
     ) -> tuple[CurvePoint, Reestimation]:
@@ -100,7 +104,7 @@ class Trial:
         """
         before = self.measure(trainer, module)
         if result is None:
-            result = self.reestimate(trainer, module, frozen_batch_norms(trainer, batch_norms(module)))
+            result = self.estimate(trainer, module)
         try:
             result.redo()
             after = self.measure(trainer, module)
