@@ -14,7 +14,7 @@ from common import PEAK, Job
 RATES = (0.003, 0.01, 0.03, 0.1)  # peak learning rates, the same for every tool
 # Constant rates. FX: that of torchvision's reference training of quantized networks. AIMET's guide takes the last rate
 # of the float run, which is 0 here: a third of the lowest tuned rate stands for it. Brevitas names none.
-DOCUMENTED = {"aimet": 0.001, "fx": 0.0001}
+DOCUMENTED = {"aimet": 0.001, "aimet_default": 0.001, "fx": 0.0001}
 METHODS = ("plain", "dampening", "freezing", "distillation")  # of this package
 _NO_RATE = 0.0  # the recipe derives it
 

@@ -15,7 +15,8 @@ _NAMES = {
     ("qbn", "freezing"): "this package, freezing",
     ("qbn", "distillation"): "this package, distillation",
     ("qbn", "recipe"): "this package, untuned recipe",
-    ("aimet", "plain"): "AIMET",
+    ("aimet", "plain"): "AIMET, set up with care",
+    ("aimet_default", "plain"): "AIMET, as it comes",
     ("brevitas", "plain"): "Brevitas",
     ("fx", "plain"): "torch.ao FX",
 }

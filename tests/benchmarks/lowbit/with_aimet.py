@@ -37,21 +37,25 @@ def _round_depthwise_once(model: torch.nn.Module) -> None:
             module.output_quantizers[0] = None
 
 
-def run(job: Job, data: Data, folder: Path) -> dict[str, float]:
-    """Measured is the simulation, which the exported file can at best equal."""
+def run(job: Job, data: Data, folder: Path, as_it_comes: bool = False) -> dict[str, float]:
+    """Measured is the simulation, which the exported file can at best equal.
+
+    As it comes: ranges and placement of quantizers are its defaults; otherwise as one who knows it would set it up.
+    """
     example = torch.zeros(BATCH_SIZE, 1, 28, 28)
     network = _flattened(prepare_model(load_float(job.network, folder).eval()))
     sim = QuantizationSimModel(
         network,
         example,
-        quant_scheme="tf_enhanced",  # its search for the least error; plain min-max, its default, is behind it
+        quant_scheme="tf" if as_it_comes else "tf_enhanced",  # minimum and maximum; its search for the least error
         default_param_bw=job.weight_bits,
         default_output_bw=max(4, job.activation_bits),  # it takes no fewer here
         config_file="default",
     )
     model = sim.model
     _set_activation_bits(sim, job.activation_bits)
-    _round_depthwise_once(model)
+    if not as_it_comes:
+        _round_depthwise_once(model)
     first, last = model.get_submodule("stem_0"), model.get_submodule("head")
     for quantizer in (
         first.param_quantizers["weight"],
