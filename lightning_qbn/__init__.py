@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lightning_qbn.recipe import QATRecipe as QATRecipe
     from lightning_qbn.reestimation import reestimate_batch_norms as reestimate_batch_norms
     from lightning_qbn.schedule import QATSchedule as QATSchedule
+    from lightning_qbn.sensitivity import activation_sensitivity as activation_sensitivity
     from lightning_qbn.sensitivity import weight_sensitivity as weight_sensitivity
 
 # Looked up on first use: `lightning-qbn --help` and the core should not wait for Lightning or ONNX to load.
@@ -85,7 +86,7 @@ _HOMES = {
     "recipe": ("QATRecipe",),
     "reestimation": ("reestimate_batch_norms",),
     "schedule": ("QATSchedule",),
-    "sensitivity": ("weight_sensitivity",),
+    "sensitivity": ("activation_sensitivity", "weight_sensitivity"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

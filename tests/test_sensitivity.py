@@ -15,8 +15,9 @@ import lightning_qbn as qbn
 from lightning_qbn.demo.networks import MobileNet
 from lightning_qbn.fake_quantize import quantizers
 from lightning_qbn.layers import weight_layers
-from lightning_qbn.sensitivity import LayerSensitivity, Sensitivity
+from lightning_qbn.proposal import LayerSensitivity, Sensitivity
 
+FLOAT = {"activation_bits": None}
 CONFIG = qbn.QuantizationConfig(weight_bits=4, activation_bits=8)
 
 
@@ -94,6 +95,68 @@ def test_the_network_is_as_before(network, failing):
     for key, value in network.state_dict().items():
         assert torch.equal(value, state[key]), key
     assert all(q.enabled and q.bits == q.configured_bits for q in quantizers(network).values())
+
+
+def test_one_activation_by_hand(network):
+    found = qbn.activation_sensitivity(network, batches(1), bits=[3], metric_fn=accuracy)
+    plain = MobileNet().eval()
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if k in plain.state_dict()})
+    images, labels = batches(1)[0]
+    with torch.no_grad():
+        reference = plain(images)
+        names = [row.layer for row in found.rows]
+        assert len(names) == len(set(names))
+        assert {"x", "stem.0", "blocks.0.depthwise.0", "blocks.2.add", "mean", "head"} <= set(names)
+        for row in found.rows:
+            # The same by a config that knows this layer by the name in the table.
+            one = copy.deepcopy(plain)
+            config = qbn.QuantizationConfig(overrides={"*": FLOAT, row.layer: {"activation_bits": 3}})
+            qbn.insert_quantizers(one, config)
+            qbn.calibrate_quantizers(one, batches(1))
+            for layer in weight_layers(one).values():
+                layer.weight_quantizer.enabled = False
+            output = one(images)
+            noise = (output - reference).double().square().sum()
+            expected = 10 * math.log10(reference.double().square().sum() / noise)
+            assert row.sqnr == pytest.approx(expected, abs=0.05), row.layer
+            assert row.metric == pytest.approx(float((output.argmax(1) == labels).float().mean()))
+    sizes = {row.layer: row.parameters for row in found.rows}
+    assert sizes["x"] == 8 * 8
+    assert sizes["head"] == 10
+
+
+def test_activations_of_all_but_one_and_of_more_bits(network):
+    alone = qbn.activation_sensitivity(network, batches(), bits=[8, 3])
+    rest = qbn.activation_sensitivity(network, batches(), bits=[3], mode="all_but_one")
+    by_bits = {(row.layer, row.bits): row.sqnr for row in alone.rows}
+    assert all(by_bits[row.layer, 8] > by_bits[row.layer, 3] + 6 for row in rest.rows)
+    assert max(row.sqnr for row in rest.rows) < max(row.sqnr for row in alone.rows if row.bits == 3)
+    chosen = alone.propose_bits(5)
+    assert all(list(settings) == ["activation_bits"] for settings in chosen.values())
+    assert {settings["activation_bits"] for settings in chosen.values()} == {3, 8}
+    qbn.insert_quantizers(MobileNet(), qbn.QuantizationConfig(overrides=chosen))  # it knows every name
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_ranges_of_activations_are_as_before(learned):
+    network = MobileNet().eval()
+    qbn.insert_quantizers(network, qbn.QuantizationConfig(activation_bits=5, learned_zero_point=learned))
+    qbn.calibrate_quantizers(network, batches())
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    qbn.activation_sensitivity(network, batches())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert all(q.enabled and q.bits == q.configured_bits for q in quantizers(network).values())
+
+
+def test_what_activations_cannot_be_measured_is_said(network):
+    weights_only = MobileNet()
+    qbn.insert_quantizers(weights_only, qbn.QuantizationConfig(activation_bits=None))
+    with pytest.raises(qbn.UnsupportedNetworkError, match="no activation quantizer that these batches reach"):
+        qbn.activation_sensitivity(weights_only, batches())
+    with pytest.raises(qbn.ConfigurationError, match="from 2 to 16"):
+        qbn.activation_sensitivity(network, batches(), bits=[17])
+    with pytest.raises(qbn.CalibrationError, match="NaN"):
+        qbn.activation_sensitivity(network, [torch.full((2, 1, 8, 8), torch.nan)])
 
 
 def rows(noises):

@@ -1,8 +1,8 @@
 """The study of low-bit training: ``python tests/benchmarks/lowbit/study.py RESULTS --data FASHION_MNIST``.
 
 Each other tool needs an environment of its own, given as ``--python aimet=PATH``, ``aimet_default=PATH``,
-``brevitas=PATH`` and ``fx=PATH``; what is not given is left out. Results are one file for each training, so that an interrupted study goes on where it
-was, and the table is made of what there is: at the end, and with ``--table`` alone.
+``brevitas=PATH`` and ``fx=PATH``; what is not given is left out. Results are one file for each training, so that an
+interrupted study goes on where it was, and the table is made of what there is: at the end, and with ``--table`` alone.
 """
 
 from __future__ import annotations
