@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import pickle
@@ -22,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_qbn import __version__, derived
+from lightning_qbn import derived
 from lightning_qbn.callbacks.batches import evaluate, evaluation_loader, forward_of, transferred
 from lightning_qbn.callbacks.export import QuantizedExport
 from lightning_qbn.callbacks.quantization import QuantizationAwareTraining
@@ -32,19 +30,10 @@ from lightning_qbn.callbacks.report import RunReport
 from lightning_qbn.checkpoint import CHECKPOINT_KEY
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import atomic, check_writable
+from lightning_qbn.float_key import float_key
 from lightning_qbn.insertion import insert_quantizers
 from lightning_qbn.recipe import QATRecipe
 from lightning_qbn.sweeps import done_before
-
-# What of the trainer's settings changes no weight of the float network.
-COSMETIC = {
-    "max_epochs",
-    "default_root_dir",
-    "log_every_n_steps",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "logger",
-}
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -193,15 +182,6 @@ def _train_float(cfg: DictConfig, data: LightningDataModule, path: Path) -> None
     else:
         trainer.save_checkpoint(path)  # only rank zero writes, but all of them meet in there
     trainer.strategy.barrier("float network")  # and the others read what it has put in place
-
-
-def float_key(cfg: DictConfig) -> str:
-    """Hash of everything that determines the float weights."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    trainer = {key: value for key, value in plain["trainer"].items() if key not in COSMETIC}
-    model = {key: value for key, value in plain["model"].items() if key not in ("checkpoint", "metric")}
-    what = [__version__, model, plain["data"], trainer, plain["seed"]]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _control(cfg: DictConfig, data: LightningDataModule, weights: Path, recipe: QATRecipe | None) -> dict[str, float]:

@@ -85,7 +85,7 @@ def summarize(folders: list[Path], target: Path) -> list[FinishedRun]:
 def _essence(config: dict[str, Any]) -> dict[str, str]:
     """What of a configuration changes the result, wherever its folder lies."""
     from lightning_qbn.collecting import flat
-    from lightning_qbn.experiment import COSMETIC
+    from lightning_qbn.float_key import COSMETIC
 
     folder = config["paths"]["output_dir"]
     left_out = ("paths.", "logger.", "threads", *(f"trainer.{name}" for name in COSMETIC - {"max_epochs"}))

@@ -12,7 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_qbn import BatchNormReestimation, ConfigurationError, derived
-from lightning_qbn.experiment import float_key, run
+from lightning_qbn.experiment import run
+from lightning_qbn.float_key import float_key
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -295,6 +296,19 @@ def test_a_config_directory_of_the_users_own_can_be_added(tmp_path):
 )
 def test_float_key_depends_on_what_determines_the_weights(override, same, tmp_path):
     assert (float_key(composed(tmp_path, override)) == float_key(composed(tmp_path))) is same
+
+
+def test_float_key_depends_on_the_source_of_ones_own_classes(tmp_path, monkeypatch):
+    source = tmp_path / "network_of_mine.py"
+    source.write_text("from torch import nn\n\nclass Mine(nn.Module):\n    width = 8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = composed(tmp_path, "model.module.network._target_=network_of_mine.Mine")
+    before = float_key(cfg)
+    assert before == float_key(cfg)
+    source.write_text(source.read_text().replace("8", "16"))
+    assert float_key(cfg) != before
+    cfg.model.module.network._target_ = "network_of_mine.NotThere"
+    float_key(cfg)  # instantiation says what is wrong with it
 
 
 def test_every_key_is_explained():
