@@ -22,9 +22,8 @@ def sweep(directory: Path, *words: str) -> tuple[str, list[dict[str, str]]]:
         return done.stdout, list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    "launcher", ["joblib", pytest.param("local", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "local", "ray"])
 def test_jobs_side_by_side_train_one_float_network(tmp_path, launcher):
     if launcher != "joblib":
         name = "ray" if launcher == "ray" else "submitit"

@@ -92,23 +92,6 @@ def test_file_holds_the_trained_integers(short_run):
         assert torch.equal(torch.tensor(stored[f"{name}.weight_integers"]), values), name
 
 
-def test_sweep_trains_the_float_network_once(tmp_path):
-    done = cli(
-        tmp_path,
-        "-m",
-        "qat.epochs=1,2",
-        "callbacks.export=null",
-        *[f for f in FAST if f != "debug=steps"],
-        "model.epochs=1",
-        "trainer.limit_train_batches=2",
-    )
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("logs/multiruns/*/*/*/report.json"))]
-    assert [report["config"]["qat"]["epochs"] for report in reports] == [1, 2]
-    assert done.stdout.count("Float training") == 1
-    assert done.stdout.count("Float network from") == 1
-    assert len(list(tmp_path.glob("logs/float/*.ckpt"))) == 1
-
-
 def test_a_sweep_sums_up_its_runs_goes_on_where_it_was_and_loses_none_to_a_failed_one(tmp_path):
     words = ["-m", *FAST, "callbacks.export=null", "qat=short", "hydra.sweep.dir=sweep"]
     bits = "quantization.weight_bits=2,9,4"
@@ -118,6 +101,9 @@ def test_a_sweep_sums_up_its_runs_goes_on_where_it_was_and_loses_none_to_a_faile
     assert {path.name for path in (tmp_path / "sweep").glob("sweep.*")} == {"sweep.csv", "sweep.png"}
     table = (tmp_path / "sweep/sweep.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in table] == ["quantization.weight_bits", "2", "4"]
+    assert first.stdout.count("Float training") == 1
+    assert first.stdout.count("Float network from") == 1
+    assert len(list(tmp_path.glob("logs/float/*.ckpt"))) == 1
     (tmp_path / "sweep/2/report.json").unlink()  # as if it had been interrupted
     (tmp_path / "sweep/sweep.csv").unlink()
     again = cli(tmp_path, *words, bits, check=False)

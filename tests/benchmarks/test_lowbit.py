@@ -87,7 +87,7 @@ def test_results_of_an_interrupted_study_are_read_and_the_table_is_printed(study
     (tmp_path / "results" / "half.part").write_text("{")  # what an interruption leaves
     command = [sys.executable, str(_FOLDER / "study.py"), str(tmp_path), "--table"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "| mobilenet | W4A4 | 430 | AIMET | - | 88.00 | 88.00 | 1 |" in printed
+    assert "| mobilenet | W4A4 | 430 | AIMET, set up with care | - | 88.00 | 88.00 | 1 |" in printed
 
 
 def test_what_others_deliver_is_what_is_better_on_held_out_images(study: Any) -> None:

@@ -406,8 +406,21 @@ def test_compiled(how, make_trainer, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # within torch._dynamo
-@pytest.mark.parametrize("how", ["whole", "in place"])
-@pytest.mark.parametrize("before", [["float"], ["float", "float"], ["quantized"], ["quantized", "eval"]], ids=str)
+@pytest.mark.parametrize(
+    ("how", "before"),
+    [
+        ("whole", ["float"]),
+        ("in place", ["quantized", "eval"]),
+        *[
+            pytest.param(how, before, marks=pytest.mark.slow)
+            for how, before in [
+                *[("in place", ["float"]), ("whole", ["quantized"]), ("in place", ["quantized"])],
+                *[("whole", ["float", "float"]), ("in place", ["float", "float"]), ("whole", ["quantized", "eval"])],
+            ]
+        ],
+    ],
+    ids=str,
+)
 def test_compiled_module_is_fitted_again(how, before, make_trainer, tmp_path):
     """Lightning wraps the compiled steps in every fit; the file is that of the same runs without compilation."""
 
