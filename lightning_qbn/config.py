@@ -177,7 +177,8 @@ def matches(pattern: str, name: str) -> bool:
     >>> matches("head", "head.fc"), matches("*.stem.*", "stem.conv"), matches("head", "overhead")
     (True, True, False)
     """
-    parts = name.replace("_orig_mod.", "").split(".")
+    pattern, name = pattern.replace("_orig_mod.", ""), name.replace("_orig_mod.", "")
+    parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     # A pattern such as "*.stem.*" is meant to find "stem.conv" also where the stem is at the top.
     return any(fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern) for path in paths)

@@ -78,7 +78,8 @@ class FakeQuantize(nn.Module):
             self.zero_point = nn.Parameter(torch.zeros_like(log2_scale))
         else:
             self.register_buffer("zero_point", torch.zeros_like(log2_scale))  # a whole number
-        self.layer = ""  # the name by which a config knows what it rounds, where it was inserted
+        # Its own name, and that by which a config knows what it rounds, in the module that it was inserted into.
+        self.inserted_as = ("", "")
         self.enabled = True
         self.observing = True
         # Control flow reads a Python flag: reading the tensor would break compiled graphs and wait for a GPU.

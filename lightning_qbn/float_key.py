@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sysconfig
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qbn import __version__
@@ -24,6 +25,9 @@ COSMETIC = {
     "enable_progress_bar",
     "logger",
 }
+_INSTALLED = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+# A file that is edited while jobs run is what was imported, not what it has become.
+_TEXTS: WeakKeyDictionary[ModuleType, str | None] = WeakKeyDictionary()
 
 
 def float_key(cfg: DictConfig) -> str:
@@ -40,10 +44,11 @@ def float_key(cfg: DictConfig) -> str:
 
 
 def _targets(value: Any) -> Iterator[str]:
-    """Every ``_target_`` in nested containers."""
+    """Every class, function or method that nested containers name."""
     if isinstance(value, dict):
-        if isinstance(value.get("_target_"), str):
-            yield value["_target_"]
+        target = value.get("_target_")
+        if isinstance(target, str):
+            yield str(value.get("path")) if target.startswith("hydra.utils.get_") else target
         value = list(value.values())
     if isinstance(value, list):
         for entry in value:
@@ -51,14 +56,29 @@ def _targets(value: Any) -> Iterator[str]:
 
 
 def _source_of(target: str) -> str | None:
-    """Text of the file that defines a class or function; None of an installed package, or where there is none."""
-    try:
-        file = inspect.getsourcefile(get_object(target))
-    except Exception:  # noqa: BLE001  of an import that fails, Hydra tells when it is instantiated
+    """Text of the module in which it is; None of an installed package, or where there is no file to read."""
+    module = _module_of(target)
+    if module is None:
         return None
+    if module not in _TEXTS:
+        _TEXTS[module] = _text(getattr(module, "__file__", None))
+    return _TEXTS[module]
+
+
+def _module_of(name: str) -> ModuleType | None:
+    try:
+        return import_module(name)
+    except ImportError:  # a class is no module
+        outer = name.rpartition(".")[0]
+        return _module_of(outer) if outer else None
+    except Exception:  # noqa: BLE001  Hydra tells when it is instantiated
+        return None
+
+
+def _text(file: str | None) -> str | None:
     if file is None or any(Path(file).is_relative_to(folder) for folder in _INSTALLED):
         return None
-    return Path(file).read_text("utf-8", errors="replace")
-
-
-_INSTALLED = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    try:
+        return Path(file).read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return None

@@ -158,7 +158,7 @@ def _carry_out(network: nn.Module, config: QuantizationConfig, plan: Plan) -> In
             owner = root.get_submodule(site.owner)
             if not hasattr(owner, site.attribute):
                 quantizer = _activation_quantizer(settings).to(device).train(owner.training)
-                quantizer.layer = site.layer
+                quantizer.inserted_as = (join(name, site.path), site.layer)
                 owner.add_module(site.attribute, quantizer)
             activations[join(name, site.path)] = settings.activation_bits
         if placed or any(join(name, path) in weights for path, _ in root.named_modules()):

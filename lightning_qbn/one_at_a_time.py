@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers, switched_off
 from lightning_qbn.passes import ForwardFn, copied
-from lightning_qbn.proposal import LayerSensitivity, Sensitivity
+from lightning_qbn.proposal import LayerSensitivity, Mode, Sensitivity
+from lightning_qbn.side_effects import random_states, set_random_states
 
 MetricFn = Callable[[Tensor, Any], float]
-Mode = Literal["one", "all_but_one"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def measured(
         ConfigurationError: the output is no tensor, or not finite.
     """
     (widths, mode), (call, metric_fn) = trials, functions
-    reference = [_tensor(call(network, copied(batch))).clone() for batch in batches]
+    states = random_states()
+    reference = outputs_of(network, batches, call, states)
     if not all(bool(output.isfinite().all()) for output in reference):
         raise ConfigurationError(
             "The output of the float network has values that are not finite, so that nothing can be compared with "
@@ -67,11 +68,17 @@ def measured(
             for other in parts:
                 for quantizer in other.quantizers:
                     quantizer.enabled = (other is part) == (mode == "one")
-            outputs = [_tensor(call(network, copied(batch))).clone() for batch in batches]
-            metric = None if metric_fn is None else _mean(metric_fn, outputs, batches)
+            outputs = outputs_of(network, batches, call, states)
             sqnr = _sqnr(reference, outputs)
+            metric = None if metric_fn is None else _mean(metric_fn, outputs, batches)
             rows.append(LayerSensitivity(part.layer, width, part.size, sqnr, metric, setting))
-    return Sensitivity(tuple(rows))
+    return Sensitivity(tuple(rows), mode)
+
+
+def outputs_of(network: nn.Module, batches: list[Any], call: ForwardFn, states: tuple[Any, ...]) -> list[Tensor]:
+    """The output for each batch; where forward draws random numbers, the same ones each time."""
+    set_random_states(states)
+    return [_tensor(call(network, copied(batch))).clone() for batch in batches]
 
 
 def _mean(metric_fn: MetricFn, outputs: list[Tensor], batches: list[Any]) -> float:
@@ -82,6 +89,8 @@ def _mean(metric_fn: MetricFn, outputs: list[Tensor], batches: list[Any]) -> flo
 def put_back(network: nn.Module) -> Iterator[None]:
     """All quantizers off at first; at the end with the bits, ranges and states that they had."""
     saved = [(q, q.bits, copied(q.state_dict())) for q in quantizers(network).values()]
+    # Of calibration, which belongs to the calls that it saw.
+    notes = [(m, m.__dict__["called_outside"]) for m in network.modules() if "called_outside" in m.__dict__]
     try:
         with switched_off(quantizer for quantizer, _, _ in saved):
             yield
@@ -89,6 +98,10 @@ def put_back(network: nn.Module) -> Iterator[None]:
         for quantizer, width, state in saved:
             quantizer.set_bits(width)
             quantizer.load_state_dict(state)
+        for module in network.modules():
+            module.__dict__.pop("called_outside", None)
+        for module, note in notes:
+            module.__dict__["called_outside"] = note
 
 
 def _sqnr(reference: list[Tensor], outputs: list[Tensor]) -> float:
@@ -96,7 +109,7 @@ def _sqnr(reference: list[Tensor], outputs: list[Tensor]) -> float:
     noise = sum(float((o.double() - r.double()).square().sum()) for r, o in zip(reference, outputs, strict=True))
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 def _tensor(output: Any) -> Tensor:

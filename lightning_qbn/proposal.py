@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,9 @@ from lightning_qbn.errors import ConfigurationError
 from lightning_qbn.files import write_text
 
 _NOTE = "# Bits of each layer. Use it: lightning-qbn hydra.searchpath=[file://FOLDER] quantization=NAME"
+
+
+Mode = Literal["one", "all_but_one"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Sensitivity:
     """The rows of `weight_sensitivity` or of `activation_sensitivity`, and what follows from them."""
 
     rows: tuple[LayerSensitivity, ...]
+    mode: Mode = "one"
 
     def table(self) -> Table:
         """For a terminal, the most sensitive first."""
@@ -55,14 +61,21 @@ class Sensitivity:
         """Overrides for `QuantizationConfig` that keep the average width of all measured values within a budget.
 
         From the most bits on, the layer that adds the least noise to the output for each bit that it saves is
-        lowered, until the budget is met. Noises of layers are taken to add up.
+        lowered, until the budget is met. Noises of layers are taken to add up. They set the layers that were measured
+        and no others, in a network in which quantizers are inserted where these rows were measured.
 
         Args:
             average: bits for each weight, or for each value of an activation, in the mean.
 
         Raises:
-            ConfigurationError: it is no number, or even the fewest measured bits exceed it.
+            ConfigurationError: it is no number, even the fewest measured bits exceed it, or all layers but one were
+                rounded, which does not show what a layer costs.
         """
+        if self.mode != "one":
+            raise ConfigurationError(
+                f"Bits are proposed from what each layer costs alone, and this was measured with mode={self.mode!r}. "
+                f"Measure with mode='one'."
+            )
         if not is_number(average, 0):
             raise ConfigurationError(f"average must be a number of bits, found {average!r}.")
         noise: dict[str, dict[int, float]] = {}
@@ -79,15 +92,23 @@ class Sensitivity:
             )
         while sum(sizes[layer] * bits for layer, bits in chosen.items()) > budget:
             steps = [
-                ((noise[layer][lower] - noise[layer][bits]) / ((bits - lower) * sizes[layer]), layer, lower)
+                (_more(noise[layer][bits], noise[layer][lower]) / ((bits - lower) * sizes[layer]), layer, lower)
                 for layer, bits in chosen.items()
                 for lower in noise[layer]
                 if lower < bits
             ]
             _, layer, chosen[layer] = min(steps)
-        return {row.layer: {row.setting: chosen[row.layer]} for row in self.rows}
+        settings = {row.layer: row.setting for row in self.rows}
+        # The last pattern that matches counts. A name matches what is inside as well, so that the shortest come first.
+        names = sorted(chosen, key=lambda name: name.count("."))
+        return {glob.escape(name): {settings[name]: chosen[name]} for name in names}
 
     def write_config(self, path: str | Path, average: float) -> None:
         """The proposal as a file of the group ``quantization`` of the command line."""
         content = {"defaults": ["default", "_self_"], "overrides": self.propose_bits(average)}
         write_text(path, f"{_NOTE}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
+
+
+def _more(before: float, after: float) -> float:
+    """Noise that is added; none where it was infinite before."""
+    return 0.0 if math.isinf(before) else after - before

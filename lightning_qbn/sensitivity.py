@@ -13,10 +13,11 @@ from lightning_qbn.calibration import calibrate_weight, observe, range_of
 from lightning_qbn.convolution import WeightLayer
 from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
-from lightning_qbn.layers import WeightQuantized, weight_layers
-from lightning_qbn.one_at_a_time import MetricFn, Mode, Part, measured, put_back
+from lightning_qbn.layers import IntegerWeight, WeightQuantized, weight_layers
+from lightning_qbn.one_at_a_time import MetricFn, Part, measured, outputs_of, put_back
 from lightning_qbn.passes import ForwardFn, check_num_batches, copied, default_forward, load, quiet
-from lightning_qbn.proposal import Sensitivity
+from lightning_qbn.proposal import Mode, Sensitivity
+from lightning_qbn.side_effects import random_states
 from lightning_qbn.tracing import join
 
 
@@ -32,7 +33,8 @@ def weight_sensitivity(
     """Round the weights of one layer at a time, or of all but one, and compare the outputs with the float network.
 
     Batch-norm statistics are those of the network; activations stay in float. Ranges are chosen for each width as
-    `calibrate_quantizers` does. The network is as before afterwards.
+    `calibrate_quantizers` does. Layers that the batches do not reach have no row. Where forward draws random numbers,
+    they are the same in every pass. The network is as before afterwards.
 
     Args:
         network: with quantizers inserted.
@@ -45,21 +47,24 @@ def weight_sensitivity(
             the batch.
 
     Raises:
-        UnsupportedNetworkError: the network has no weight quantizers.
+        UnsupportedNetworkError: the network has no weight quantizers, or the batches reach none, or it is folded.
         ConfigurationError: a setting is wrong, or the output is no tensor.
     """
     widths, call = _checked(bits, 8, mode), forward_fn or default_forward
     layers = {name: m for name, m in network.named_modules() if isinstance(m, WeightQuantized)}
-    if not layers:
-        raise UnsupportedNetworkError(
-            f"{type(network).__name__} has no weight quantizers. Call insert_quantizers(network, config) first."
-        )
+    _check_not_folded(network)
     kept = _kept(batches, num_batches)
-    parts = [
-        Part(name, [m.weight_quantizer], cast(WeightLayer, m).weight.numel(), _choosing_range(name, m))
-        for name, m in layers.items()
-    ]
     with quiet(network), put_back(network):
+        reached = _reached(network, layers, kept, call)
+        if not reached:
+            raise UnsupportedNetworkError(
+                f"{type(network).__name__} has no weight quantizers that these batches reach. Call "
+                f"insert_quantizers(network, config) first, or pass another forward_fn."
+            )
+        parts = [
+            Part(_plain(name), [m.weight_quantizer], cast(WeightLayer, m).weight.numel(), _choosing_range(name, m))
+            for name, m in reached.items()
+        ]
         return measured(network, parts, kept, "weight_bits", (widths, mode), (call, metric_fn))
 
 
@@ -95,6 +100,7 @@ def activation_sensitivity(
     widths, call = _checked(bits, 16, mode), forward_fn or default_forward
     of_weights = {join(name, "weight_quantizer") for name in weight_layers(network)}
     found = {name: q for name, q in quantizers(network).items() if name not in of_weights}
+    _check_not_folded(network)
     kept = _kept(batches, num_batches)
     with quiet(network), put_back(network):
         parts = _activations(network, found, kept, call)
@@ -108,7 +114,47 @@ def activation_sensitivity(
 
 def _kept(batches: Iterable[Any], num_batches: int) -> list[Any]:
     check_num_batches(num_batches)
-    return [batch for _, batch in load(batches, num_batches, ConfigurationError)]
+    return [copied(batch) for _, batch in load(batches, num_batches, ConfigurationError)]  # some loaders reuse them
+
+
+def _check_not_folded(network: nn.Module) -> None:
+    if any(isinstance(layer, IntegerWeight) for layer in weight_layers(network).values()):
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} is folded: its weights are integers. Measure the network it was folded from."
+        )
+
+
+def _plain(name: str) -> str:
+    """As in the network that torch.compile was given."""
+    return name.replace("_orig_mod.", "")
+
+
+def _reached(
+    network: nn.Module, layers: dict[str, WeightQuantized], batches: list[Any], call: ForwardFn
+) -> dict[str, WeightQuantized]:
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        called.add(module)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        outputs_of(network, batches, call, random_states())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: layer for name, layer in layers.items() if layer in called}
+
+
+def _layer_of(name: str, quantizer: FakeQuantize) -> str:
+    """The name by which a config of the measured network knows what a quantizer rounds.
+
+    Quantizers may have been inserted into a part of that network, or into what it is a part of.
+    """
+    name, path, layer = _plain(name), _plain(quantizer.inserted_as[0]), _plain(quantizer.inserted_as[1])
+    if name.endswith(path):
+        return name[: len(name) - len(path)] + layer
+    return layer.removeprefix(path[: len(path) - len(name)])
 
 
 def _choosing_range(name: str, layer: WeightQuantized) -> Callable[[], None]:
@@ -122,7 +168,7 @@ def _activations(network: nn.Module, found: dict[str, FakeQuantize], batches: li
     def noting(name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             if isinstance(args[0], Tensor) and args[0].dim():
-                sizes[name] = args[0][:1].numel()
+                sizes[name] = args[0][:1].numel()  # of one example: the batch is the first dimension
 
         return note
 
@@ -135,7 +181,7 @@ def _activations(network: nn.Module, found: dict[str, FakeQuantize], batches: li
             handle.remove()
     names: dict[str, list[str]] = {}
     for name in (name for name, values in seen.items() if values):
-        names.setdefault(found[name].layer or name, []).append(name)
+        names.setdefault(_layer_of(name, found[name]), []).append(name)
 
     def choosing_ranges(together: list[str]) -> Callable[[], None]:
         def choose() -> None:

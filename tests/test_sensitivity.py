@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from torch import nn
 
 import lightning_qbn as qbn
 from lightning_qbn.demo.networks import MobileNet
@@ -157,6 +158,186 @@ def test_what_activations_cannot_be_measured_is_said(network):
         qbn.activation_sensitivity(network, batches(), bits=[17])
     with pytest.raises(qbn.CalibrationError, match="NaN"):
         qbn.activation_sensitivity(network, [torch.full((2, 1, 8, 8), torch.nan)])
+
+
+class Parts(nn.Module):
+    """Cannot be traced as a whole, and names are used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(16, 4)
+        self.aux = nn.Linear(16, 400)
+
+    def forward(self, x):
+        x = self.block(x)
+        if self.training:
+            return self.head(x), self.aux(x)
+        if x.sum() < 0:
+            x = x * 2
+        return self.head(x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(x).relu()
+
+
+def inserted_bits(network, overrides):
+    report = qbn.insert_quantizers(network, qbn.QuantizationConfig(overrides=overrides))
+    return report.weights
+
+
+def test_a_proposal_sets_the_layers_that_were_measured_alone():
+    network = Parts()
+    qbn.insert_quantizers(network, qbn.QuantizationConfig())
+    found = qbn.weight_sensitivity(network, [torch.randn(8, 16)], bits=[2, 4, 8])
+    assert {row.layer for row in found.rows} == {"block.head", "head"}  # the batches reach no auxiliary head
+    for average in (3, 5, 7):
+        chosen = found.propose_bits(average)
+        given = inserted_bits(Parts(), chosen)
+        assert {name: given[name] for name in chosen} == {n: c["weight_bits"] for n, c in chosen.items()}
+
+
+def test_a_module_that_is_called_as_a_whole_does_not_set_what_is_inside(network):
+    found = rows({"enc.c.0": (9, {2: 5.0, 8: 50.0}), "enc": (9, {2: 3.0, 8: 60.0})})
+    assert list(found.propose_bits(8)) == ["enc", "enc.c.0"]
+
+
+def test_names_with_brackets_are_no_patterns():
+    network = nn.Sequential()
+    network.add_module("a[1]", nn.Linear(4, 4))
+    network.add_module("a1", nn.Linear(4, 4))
+    qbn.insert_quantizers(network, qbn.QuantizationConfig())
+    chosen = qbn.weight_sensitivity(network, [torch.randn(4, 4)], bits=[2, 8]).propose_bits(5)
+    qbn.remove_quantizers(network)
+    assert sorted(inserted_bits(network, chosen).values()) == [2, 8]
+
+
+def test_names_of_a_compiled_network_are_those_of_the_network():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    compiled = torch.compile(network, backend="eager")
+    qbn.insert_quantizers(compiled, qbn.QuantizationConfig())
+    weights = qbn.weight_sensitivity(compiled, [torch.randn(4, 4)], bits=[2, 8])
+    activations = qbn.activation_sensitivity(compiled, [torch.randn(4, 4)], bits=[2, 8])
+    assert {row.layer for row in weights.rows} == {"0", "2"} < {row.layer for row in activations.rows}
+    qbn.remove_quantizers(compiled)
+    assert set(inserted_bits(compiled, weights.propose_bits(5)).values()) == {2, 8}
+
+
+@pytest.mark.parametrize(("inserted", "measured"), [("", "e"), ("e", ""), ("", "")])
+def test_names_are_those_of_the_network_that_is_measured(inserted, measured):
+    module = nn.Module()
+    module.e, module.d = (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
+    where = [module.e, module.d] if inserted else [module]
+    for part in where:
+        qbn.insert_quantizers(part, qbn.QuantizationConfig())
+    network = module.get_submodule(measured)
+    call = (lambda net, x: net(x)) if measured else (lambda net, x: net.d(net.e(x)))
+    weights = qbn.weight_sensitivity(network, [torch.randn(4, 4)], bits=[8], forward_fn=call)
+    activations = qbn.activation_sensitivity(network, [torch.randn(4, 4)], bits=[8], forward_fn=call)
+    prefixes = [""] if measured else ["e.", "d."]
+    assert {row.layer for row in weights.rows} == {f"{p}{n}" for p in prefixes for n in "02"}
+    assert {row.layer for row in activations.rows} == {f"{p}{n}" for p in prefixes for n in ("input", "0", "2")}
+
+
+def test_all_but_one_is_no_ground_for_a_proposal(network):
+    found = qbn.weight_sensitivity(network, batches(1), bits=[4], mode="all_but_one")
+    with pytest.raises(qbn.ConfigurationError, match="mode='all_but_one'"):
+        found.propose_bits(4)
+
+
+class Logarithm(nn.Module):
+    """An output of 0 after rounding becomes minus infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(16, 10), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return torch.log(torch.sigmoid(self.f(x)) * torch.sigmoid(self.g(x)))
+
+
+def test_rounding_that_makes_outputs_infinite_is_the_worst():
+    torch.manual_seed(0)
+    network = Logarithm()
+    qbn.insert_quantizers(network, qbn.QuantizationConfig())
+    found = qbn.activation_sensitivity(network, [torch.randn(64, 16) * 3], bits=[3, 16])
+    worst = {row.layer for row in found.rows if row.sqnr == -math.inf}
+    assert worst
+    assert not any(math.isnan(row.sqnr) for row in found.rows)
+
+
+def test_the_worst_is_avoided_in_any_order():
+    bad, good = {"bad": (10, {2: -math.inf, 8: 40.0})}, {"good": (10, {2: 30.0, 8: 50.0})}
+    for noises in (bad | good, good | bad):
+        assert rows(noises).propose_bits(5) == {"bad": {"weight_bits": 8}, "good": {"weight_bits": 2}}
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.f(x)
+        return self.g(x + torch.randn_like(x))
+
+
+def test_random_numbers_of_a_forward_are_the_same_in_every_pass():
+    torch.manual_seed(0)
+    network = Noisy()
+    qbn.insert_quantizers(network, qbn.QuantizationConfig())
+    found = qbn.weight_sensitivity(network, [torch.randn(32, 16)], bits=[2, 8])
+    assert all(row.sqnr > 30 for row in found.rows if row.bits == 8)
+
+
+class CalledOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.bn, self.h = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.h(self.bn(self.c(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("outside_at", ["calibration", "sensitivity"])
+def test_what_calibration_saw_of_calls_is_not_forgotten(outside_at):
+    network, x = CalledOutside(), [torch.randn(2, 3, 8, 8)]
+    qbn.insert_quantizers(network, qbn.QuantizationConfig())
+
+    def outside(net, batch):
+        net.bn(torch.rand(2, 4, 6, 6))
+        return net(batch)
+
+    qbn.calibrate_quantizers(network, x, forward_fn=outside if outside_at == "calibration" else None)
+    qbn.activation_sensitivity(network, x, forward_fn=outside if outside_at == "sensitivity" else None)
+    assert bool(qbn.fold_batch_norms(network).report.refused) == (outside_at == "calibration")
+
+
+def test_batches_in_one_buffer_and_a_metric_that_writes_over_the_output(network):
+    buffer = torch.zeros(16, 1, 8, 8)
+
+    def refilled():
+        for images, labels in batches():
+            yield buffer.copy_(images), labels
+
+    def spoil(output, batch):
+        return output.mul_(0).sum()
+
+    plain = qbn.weight_sensitivity(network, batches(), bits=[4])
+    other = qbn.weight_sensitivity(network, refilled(), bits=[4], metric_fn=spoil)
+    assert [row.sqnr for row in plain.rows] == [row.sqnr for row in other.rows]
+
+
+def test_a_folded_network_is_refused(network):
+    qbn.calibrate_quantizers(network, batches())
+    for measure in (qbn.weight_sensitivity, qbn.activation_sensitivity):
+        with pytest.raises(qbn.UnsupportedNetworkError, match="is folded"):
+            measure(qbn.fold_batch_norms(network), batches())
 
 
 def rows(noises):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -298,17 +300,34 @@ def test_float_key_depends_on_what_determines_the_weights(override, same, tmp_pa
     assert (float_key(composed(tmp_path, override)) == float_key(composed(tmp_path))) is same
 
 
-def test_float_key_depends_on_the_source_of_ones_own_classes(tmp_path, monkeypatch):
+def float_key_of(tmp_path, target):
+    return float_key(composed(tmp_path, f"model.module.network._target_={target}"))
+
+
+@pytest.mark.parametrize("name", ["Mine", "make", "Mine.build", "partial"])
+def test_float_key_depends_on_the_source_of_ones_own_classes(name, tmp_path, monkeypatch):
     source = tmp_path / "network_of_mine.py"
-    source.write_text("from torch import nn\n\nclass Mine(nn.Module):\n    width = 8\n")
+    source.write_text(
+        "import functools, torch\n\nclass Mine(torch.nn.Module):\n    width = 8\n"
+        "    build = classmethod(lambda cls: cls())\n\n"
+        "@torch.no_grad()\ndef make():\n    return Mine()\n\npartial = functools.partial(Mine)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = composed(tmp_path, "model.module.network._target_=network_of_mine.Mine")
-    before = float_key(cfg)
-    assert before == float_key(cfg)
+    before = float_key_of(tmp_path, f"network_of_mine.{name}")
     source.write_text(source.read_text().replace("8", "16"))
-    assert float_key(cfg) != before
-    cfg.model.module.network._target_ = "network_of_mine.NotThere"
-    float_key(cfg)  # instantiation says what is wrong with it
+    assert float_key_of(tmp_path, f"network_of_mine.{name}") == before, "what was imported is still the old class"
+    monkeypatch.delitem(sys.modules, "network_of_mine")
+    assert float_key_of(tmp_path, f"network_of_mine.{name}") != before
+
+
+def test_float_key_does_without_a_source(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+        archive.writestr("module_in_a_zip.py", "class Mine: pass\n")
+    (tmp_path / "module_that_fails.py").write_text("raise ValueError('no')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "zipped.zip")
+    for target in ("module_in_a_zip.Mine", "module_that_fails.Mine", "not_there.Mine"):
+        float_key_of(tmp_path, target)  # instantiation says what is wrong with it
 
 
 def test_every_key_is_explained():
