@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float | None:
     report = next((callback for callback in callbacks if isinstance(callback, RunReport)), None)
     if report is not None:
         report.context["config"] = OmegaConf.to_container(cfg, resolve=True)
-        if weights is not None and cfg.qat.control:
+        if cfg.qat.control and not resumes:
             report.context["control"] = _control(cfg, data, weights, recipe)
     _say(f"Quantization-aware training, {cfg.qat.epochs} epochs")
     module = _module(cfg, cfg.qat, weights)
@@ -148,11 +148,16 @@ def _module(cfg: DictConfig, training: DictConfig, weights: str | Path | None = 
     return module
 
 
-def _float_weights(cfg: DictConfig, data: LightningDataModule) -> Path:
-    """The float checkpoint: the one that was named, or the cached one of this setting, trained if need be."""
+def _float_weights(cfg: DictConfig, data: LightningDataModule) -> Path | None:
+    """The float checkpoint: the one that was named, or the cached one of this setting, trained if need be.
+
+    None where the module comes with its weights.
+    """
     named = cfg.ckpt_path or cfg.model.checkpoint
     if named is not None:
         return Path(named)
+    if cfg.model.get("trained", False):
+        return None
     path = Path(cfg.paths.float_dir) / f"{float_key(cfg)}.ckpt"
     if _is_whole(path):
         _say(f"Float network from {path}")
@@ -184,7 +189,9 @@ def _train_float(cfg: DictConfig, data: LightningDataModule, path: Path) -> None
     trainer.strategy.barrier("float network")  # and the others read what it has put in place
 
 
-def _control(cfg: DictConfig, data: LightningDataModule, weights: Path, recipe: QATRecipe | None) -> dict[str, float]:
+def _control(
+    cfg: DictConfig, data: LightningDataModule, weights: Path | None, recipe: QATRecipe | None
+) -> dict[str, float]:
     """Accuracy of the float network after as many steps of the same training, before and after re-estimation."""
     _say(f"Float control, {cfg.qat.epochs} epochs")
     module = _module(cfg, cfg.qat, weights)

@@ -106,6 +106,27 @@ def digits():
 """
 
 
+def test_a_module_that_comes_with_its_weights_is_not_trained_in_float(tmp_path):
+    (tmp_path / "mine.py").write_text(f"""{MINE}
+
+def trained():
+    torch.manual_seed(5)
+    return Mine(12)
+""")
+    words = ["data=datasets", "data.train={_target_: mine.digits}", "model=own", "model.epochs=30", "qat.epochs=1"]
+    words += ["model.module._target_=mine.trained", "model.trained=true"]
+    words += ["model.metric.num_classes=10", "hydra.run.dir=run", "callbacks.progress=null", "callbacks.export=null"]
+    done = run_module("lightning_qbn.cli", [*words, "model.optimizer.lr=1e-12", "debug=steps"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Float training" not in done.stdout
+    assert "Float control" in done.stdout
+    assert not list(tmp_path.glob("logs/float/*"))
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    torch.manual_seed(5)
+    first = torch.nn.Conv2d(1, 12, 3).weight
+    assert torch.allclose(saved["body.0.weight"], first, atol=1e-6)
+
+
 def test_a_module_and_data_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     words = ["data=datasets", "data.train={_target_: mine.digits}", "model=own", "model.epochs=3"]
