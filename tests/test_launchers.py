@@ -38,7 +38,7 @@ def test_jobs_side_by_side_train_one_float_network(tmp_path, launcher):
 def test_a_search_goes_for_the_accuracy_after_reestimation(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     # A trial whose bits are refused does not end it.
-    bits = "hydra.sweeper.params.quantization.weight_bits=choice(4,9)"
+    bits = "quantization.weight_bits=choice(4,9)"
     _, rows = sweep(tmp_path, "hparams_search=optuna", "hydra.sweeper.n_trials=5", bits)
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert best["best_value"] == max(float(row["after_reestimation"]) for row in rows)
