@@ -68,7 +68,8 @@ def calibrate_quantizers(
     wanted = {name: q for name, q in found.items() if only is None or name in only}
     activations = {name: q for name, q in wanted.items() if name not in of_weights}
     with _restored_on_failure(wanted.values()), switched_off(found.values()):
-        used, seen = observe(network, activations, layers.values(), batches, num_batches, forward_fn)
+        with watching_calls(network), _noting_dims(layers.values()):
+            used, seen = observe(network, activations, batches, num_batches, forward_fn)
         for name, layer in layers.items():
             if join(name, "weight_quantizer") in wanted:
                 calibrate_weight(name, layer)
@@ -101,7 +102,6 @@ def _restored_on_failure(found: Iterable[FakeQuantize]) -> Iterator[None]:
 def observe(
     network: nn.Module,
     activations: dict[str, FakeQuantize],
-    layers: Iterable[nn.Module],
     batches: Iterable[Any],
     num_batches: int,
     forward_fn: ForwardFn | None,
@@ -122,14 +122,23 @@ def observe(
 
     try:
         handles += [q.register_forward_pre_hook(hook(name)) for name, q in activations.items()]
-        handles += [layer.register_forward_pre_hook(_note_dims, with_kwargs=True) for layer in layers]
-        with quiet(network), watching_calls(network):
+        with quiet(network):
             for index, batch in load(batches, num_batches, CalibrationError):
                 forward(network, batch, index, forward_fn, CalibrationError)
     finally:
         for handle in handles:
             handle.remove()
     return index + 1, seen
+
+
+@contextmanager
+def _noting_dims(layers: Iterable[nn.Module]) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(_note_dims, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _note_dims(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

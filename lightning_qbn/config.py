@@ -177,11 +177,19 @@ def matches(pattern: str, name: str) -> bool:
     >>> matches("head", "head.fc"), matches("*.stem.*", "stem.conv"), matches("head", "overhead")
     (True, True, False)
     """
-    pattern, name = pattern.replace("_orig_mod.", ""), name.replace("_orig_mod.", "")
-    parts = name.split(".")
+    pattern, parts = uncompiled_name(pattern), uncompiled_name(name).split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     # A pattern such as "*.stem.*" is meant to find "stem.conv" also where the stem is at the top.
     return any(fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern) for path in paths)
+
+
+def uncompiled_name(name: str) -> str:
+    """The name of a module without the parts that ``torch.compile`` adds, which a copy of it does not have.
+
+    >>> uncompiled_name("net._orig_mod.0")
+    'net.0'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _check_bits(name: str, bits: object, low: int, high: int) -> None:

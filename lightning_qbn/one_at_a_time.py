@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qbn.errors import ConfigurationError
+from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers, switched_off
 from lightning_qbn.passes import ForwardFn, copied
-from lightning_qbn.proposal import LayerSensitivity, Mode, Sensitivity
+from lightning_qbn.proposal import LayerSensitivity, Mode, Sensitivity, Setting
 from lightning_qbn.side_effects import random_states, set_random_states
 
 MetricFn = Callable[[Tensor, Any], float]
@@ -29,37 +29,44 @@ class Part:
     choose_range: Callable[[], None]
 
 
-def measured(
-    network: nn.Module,
-    parts: list[Part],
-    batches: list[Any],
-    setting: Literal["weight_bits", "activation_bits"],
-    trials: tuple[list[int], Mode],
-    functions: tuple[ForwardFn, MetricFn | None],
-) -> Sensitivity:
+@dataclass(frozen=True)
+class Trial:
+    """Data, widths, and how outputs are made and compared."""
+
+    batches: list[Any]
+    widths: list[int]
+    mode: Mode
+    call: ForwardFn
+    metric_fn: MetricFn | None
+
+
+def measured(network: nn.Module, parts: list[Part], setting: Setting, trial: Trial) -> Sensitivity:
     """Round each part at each width alone, or leave it alone in float, and compare the outputs.
 
     Args:
         network: in evaluation mode, with all quantizers off.
         parts: all that is rounded.
-        batches: kept as they are.
         setting: what a width is of.
-        trials: widths and mode.
-        functions: how to call the network, and the metric of an output.
+        trial: batches, widths and the rest.
 
     Raises:
+        UnsupportedNetworkError: there is no part.
         ConfigurationError: the output is no tensor, or not finite.
     """
-    (widths, mode), (call, metric_fn) = trials, functions
+    if not parts:
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} has no quantizer of {setting} that these batches reach. Call "
+            f"insert_quantizers(network, config) with {setting} first, or pass another forward_fn."
+        )
     states = random_states()
-    reference = outputs_of(network, batches, call, states)
+    reference = outputs_of(network, trial, states)
     if not all(bool(output.isfinite().all()) for output in reference):
         raise ConfigurationError(
             "The output of the float network has values that are not finite, so that nothing can be compared with "
             "it. Look for them in the batches, or in the weights."
         )
     rows = []
-    for width in widths:
+    for width in trial.widths:
         for part in parts:
             for quantizer in part.quantizers:
                 quantizer.set_bits(width)
@@ -67,18 +74,18 @@ def measured(
         for part in parts:
             for other in parts:
                 for quantizer in other.quantizers:
-                    quantizer.enabled = (other is part) == (mode == "one")
-            outputs = outputs_of(network, batches, call, states)
+                    quantizer.enabled = (other is part) == (trial.mode == "one")
+            outputs = outputs_of(network, trial, states)
             sqnr = _sqnr(reference, outputs)
-            metric = None if metric_fn is None else _mean(metric_fn, outputs, batches)
-            rows.append(LayerSensitivity(part.layer, width, part.size, sqnr, metric, setting))
-    return Sensitivity(tuple(rows), mode)
+            metric = None if trial.metric_fn is None else _mean(trial.metric_fn, outputs, trial.batches)
+            rows.append(LayerSensitivity(part.layer, width, part.size, sqnr, metric))
+    return Sensitivity(tuple(rows), setting, trial.mode)
 
 
-def outputs_of(network: nn.Module, batches: list[Any], call: ForwardFn, states: tuple[Any, ...]) -> list[Tensor]:
+def outputs_of(network: nn.Module, trial: Trial, states: tuple[Any, ...]) -> list[Tensor]:
     """The output for each batch; where forward draws random numbers, the same ones each time."""
     set_random_states(states)
-    return [_tensor(call(network, copied(batch))).clone() for batch in batches]
+    return [_tensor(trial.call(network, copied(batch))).clone() for batch in trial.batches]
 
 
 def _mean(metric_fn: MetricFn, outputs: list[Tensor], batches: list[Any]) -> float:
@@ -89,8 +96,6 @@ def _mean(metric_fn: MetricFn, outputs: list[Tensor], batches: list[Any]) -> flo
 def put_back(network: nn.Module) -> Iterator[None]:
     """All quantizers off at first; at the end with the bits, ranges and states that they had."""
     saved = [(q, q.bits, copied(q.state_dict())) for q in quantizers(network).values()]
-    # Of calibration, which belongs to the calls that it saw.
-    notes = [(m, m.__dict__["called_outside"]) for m in network.modules() if "called_outside" in m.__dict__]
     try:
         with switched_off(quantizer for quantizer, _, _ in saved):
             yield
@@ -98,10 +103,6 @@ def put_back(network: nn.Module) -> Iterator[None]:
         for quantizer, width, state in saved:
             quantizer.set_bits(width)
             quantizer.load_state_dict(state)
-        for module in network.modules():
-            module.__dict__.pop("called_outside", None)
-        for module, note in notes:
-            module.__dict__["called_outside"] = note
 
 
 def _sqnr(reference: list[Tensor], outputs: list[Tensor]) -> float:

@@ -17,8 +17,8 @@ from lightning_qbn.files import write_text
 
 _NOTE = "# Bits of each layer. Use it: lightning-qbn hydra.searchpath=[file://FOLDER] quantization=NAME"
 
-
 Mode = Literal["one", "all_but_one"]
+Setting = Literal["weight_bits", "activation_bits"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class LayerSensitivity:
         parameters: number of its weights, or of the values of its output for one example.
         sqnr: signal to quantization noise of the network's output, in dB, against the float network.
         metric: of the outputs, where one was asked for.
-        setting: what ``bits`` are of, ``"weight_bits"`` or ``"activation_bits"``.
     """
 
     layer: str
@@ -39,7 +38,6 @@ class LayerSensitivity:
     parameters: int
     sqnr: float
     metric: float | None
-    setting: Literal["weight_bits", "activation_bits"] = "weight_bits"
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Sensitivity:
     """The rows of `weight_sensitivity` or of `activation_sensitivity`, and what follows from them."""
 
     rows: tuple[LayerSensitivity, ...]
+    setting: Setting = "weight_bits"
     mode: Mode = "one"
 
     def table(self) -> Table:
@@ -98,10 +97,9 @@ class Sensitivity:
                 if lower < bits
             ]
             _, layer, chosen[layer] = min(steps)
-        settings = {row.layer: row.setting for row in self.rows}
         # The last pattern that matches counts. A name matches what is inside as well, so that the shortest come first.
         names = sorted(chosen, key=lambda name: name.count("."))
-        return {glob.escape(name): {settings[name]: chosen[name]} for name in names}
+        return {glob.escape(name): {self.setting: chosen[name]} for name in names}
 
     def write_config(self, path: str | Path, average: float) -> None:
         """The proposal as a file of the group ``quantization`` of the command line."""

@@ -64,7 +64,7 @@ def _choose_ranges(
     def seen() -> dict[str, tuple[Tensor, Tensor]]:
         with switched_off(found.values()):
             again = (copied(batch) for batch in batches)
-            _, values = observe(network, found, [], again, len(batches), forward_fn)
+            _, values = observe(network, found, again, len(batches), forward_fn)
         return {name: range_of(torch.cat(rows, 1), found[name]) for name, rows in values.items() if rows}
 
     # Every rank saw its own data; the ranges of rank 0 hold for all, as DDP does with weights.

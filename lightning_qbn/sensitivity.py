@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,11 +12,12 @@ from torch import Tensor, nn
 
 from lightning_qbn.arguments import is_whole
 from lightning_qbn.calibration import calibrate_weight, observe, range_of
+from lightning_qbn.config import uncompiled_name
 from lightning_qbn.convolution import WeightLayer
 from lightning_qbn.errors import ConfigurationError, UnsupportedNetworkError
 from lightning_qbn.fake_quantize import FakeQuantize, quantizers
 from lightning_qbn.layers import IntegerWeight, WeightQuantized, weight_layers
-from lightning_qbn.one_at_a_time import MetricFn, Part, measured, outputs_of, put_back
+from lightning_qbn.one_at_a_time import MetricFn, Part, Trial, measured, outputs_of, put_back
 from lightning_qbn.passes import ForwardFn, check_num_batches, copied, default_forward, load, quiet
 from lightning_qbn.proposal import Mode, Sensitivity
 from lightning_qbn.side_effects import random_states
@@ -50,22 +53,17 @@ def weight_sensitivity(
         UnsupportedNetworkError: the network has no weight quantizers, or the batches reach none, or it is folded.
         ConfigurationError: a setting is wrong, or the output is no tensor.
     """
-    widths, call = _checked(bits, 8, mode), forward_fn or default_forward
+    trial = _trial(network, batches, num_batches, (bits, 8), mode, metric_fn, forward_fn)
     layers = {name: m for name, m in network.named_modules() if isinstance(m, WeightQuantized)}
-    _check_not_folded(network)
-    kept = _kept(batches, num_batches)
     with quiet(network), put_back(network):
-        reached = _reached(network, layers, kept, call)
-        if not reached:
-            raise UnsupportedNetworkError(
-                f"{type(network).__name__} has no weight quantizers that these batches reach. Call "
-                f"insert_quantizers(network, config) first, or pass another forward_fn."
-            )
+        with _noting_inputs(layers) as called:
+            outputs_of(network, trial, random_states())
         parts = [
-            Part(_plain(name), [m.weight_quantizer], cast(WeightLayer, m).weight.numel(), _choosing_range(name, m))
-            for name, m in reached.items()
+            Part(uncompiled_name(name), [m.weight_quantizer], _weight(m).numel(), partial(calibrate_weight, name, m))
+            for name, m in layers.items()
+            if name in called
         ]
-        return measured(network, parts, kept, "weight_bits", (widths, mode), (call, metric_fn))
+        return measured(network, parts, "weight_bits", trial)
 
 
 def activation_sensitivity(
@@ -97,53 +95,55 @@ def activation_sensitivity(
         ConfigurationError: a setting is wrong, or the output is no tensor.
         CalibrationError: an activation is NaN or infinite.
     """
-    widths, call = _checked(bits, 16, mode), forward_fn or default_forward
+    trial = _trial(network, batches, num_batches, (bits, 16), mode, metric_fn, forward_fn)
     of_weights = {join(name, "weight_quantizer") for name in weight_layers(network)}
     found = {name: q for name, q in quantizers(network).items() if name not in of_weights}
-    _check_not_folded(network)
-    kept = _kept(batches, num_batches)
     with quiet(network), put_back(network):
-        parts = _activations(network, found, kept, call)
-        if not parts:
-            raise UnsupportedNetworkError(
-                f"{type(network).__name__} has no activation quantizer that these batches reach. Call "
-                f"insert_quantizers(network, config) with activation_bits first, or pass another forward_fn."
-            )
-        return measured(network, parts, kept, "activation_bits", (widths, mode), (call, metric_fn))
+        return measured(network, _activations(network, found, trial), "activation_bits", trial)
 
 
-def _kept(batches: Iterable[Any], num_batches: int) -> list[Any]:
-    check_num_batches(num_batches)
-    return [copied(batch) for _, batch in load(batches, num_batches, ConfigurationError)]  # some loaders reuse them
-
-
-def _check_not_folded(network: nn.Module) -> None:
+def _trial(
+    network: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int,
+    bits: tuple[Sequence[int], int],
+    mode: Mode,
+    metric_fn: MetricFn | None,
+    forward_fn: ForwardFn | None,
+) -> Trial:
+    """All settings, checked; ``bits`` are the widths, and the most that a width may be."""
+    widths = _checked(*bits, mode)
     if any(isinstance(layer, IntegerWeight) for layer in weight_layers(network).values()):
         raise UnsupportedNetworkError(
             f"{type(network).__name__} is folded: its weights are integers. Measure the network it was folded from."
         )
+    check_num_batches(num_batches)
+    kept = [copied(batch) for _, batch in load(batches, num_batches, ConfigurationError)]  # some loaders reuse them
+    return Trial(kept, widths, mode, forward_fn or default_forward, metric_fn)
 
 
-def _plain(name: str) -> str:
-    """As in the network that torch.compile was given."""
-    return name.replace("_orig_mod.", "")
+@contextmanager
+def _noting_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Modules that are called, to the number of values of one example; the batch is the first dimension."""
+    sizes: dict[str, int] = {}
 
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0] if args else None
+            sizes[name] = x[:1].numel() if isinstance(x, Tensor) and x.dim() else 1
 
-def _reached(
-    network: nn.Module, layers: dict[str, WeightQuantized], batches: list[Any], call: ForwardFn
-) -> dict[str, WeightQuantized]:
-    called: set[nn.Module] = set()
+        return note
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        called.add(module)
-
-    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in modules.items()]
     try:
-        outputs_of(network, batches, call, random_states())
+        yield sizes
     finally:
         for handle in handles:
             handle.remove()
-    return {name: layer for name, layer in layers.items() if layer in called}
+
+
+def _weight(layer: WeightQuantized) -> Tensor:
+    return cast(WeightLayer, layer).weight
 
 
 def _layer_of(name: str, quantizer: FakeQuantize) -> str:
@@ -151,47 +151,31 @@ def _layer_of(name: str, quantizer: FakeQuantize) -> str:
 
     Quantizers may have been inserted into a part of that network, or into what it is a part of.
     """
-    name, path, layer = _plain(name), _plain(quantizer.inserted_as[0]), _plain(quantizer.inserted_as[1])
+    name, path, layer = (
+        uncompiled_name(name),
+        uncompiled_name(quantizer.inserted_as[0]),
+        uncompiled_name(quantizer.inserted_as[1]),
+    )
     if name.endswith(path):
         return name[: len(name) - len(path)] + layer
     return layer.removeprefix(path[: len(path) - len(name)])
 
 
-def _choosing_range(name: str, layer: WeightQuantized) -> Callable[[], None]:
-    return lambda: calibrate_weight(name, layer)
-
-
-def _activations(network: nn.Module, found: dict[str, FakeQuantize], batches: list[Any], call: ForwardFn) -> list[Part]:
+def _activations(network: nn.Module, found: dict[str, FakeQuantize], trial: Trial) -> list[Part]:
     """Activation quantizers that the batches reach, together where they share a name."""
-    sizes: dict[str, int] = {}
-
-    def noting(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if isinstance(args[0], Tensor) and args[0].dim():
-                sizes[name] = args[0][:1].numel()  # of one example: the batch is the first dimension
-
-        return note
-
-    handles = [quantizer.register_forward_pre_hook(noting(name)) for name, quantizer in found.items()]
-    try:
-        copies = (copied(batch) for batch in batches)
-        _, seen = observe(network, found, (), copies, len(batches), call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    copies = (copied(batch) for batch in trial.batches)
+    with _noting_inputs(found) as sizes:
+        _, seen = observe(network, found, copies, len(trial.batches), trial.call)
     names: dict[str, list[str]] = {}
     for name in (name for name, values in seen.items() if values):
         names.setdefault(_layer_of(name, found[name]), []).append(name)
 
-    def choosing_ranges(together: list[str]) -> Callable[[], None]:
-        def choose() -> None:
-            for name in together:
-                found[name].set_range(*range_of(torch.cat(seen[name], dim=1), found[name]))
-
-        return choose
+    def choose_ranges(together: list[str]) -> None:
+        for name in together:
+            found[name].set_range(*range_of(torch.cat(seen[name], dim=1), found[name]))
 
     return [
-        Part(layer, [found[n] for n in together], sum(sizes.get(n, 1) for n in together), choosing_ranges(together))
+        Part(layer, [found[n] for n in together], sum(sizes[n] for n in together), partial(choose_ranges, together))
         for layer, together in names.items()
     ]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_qbn.callbacks.loaders import fresh_loader, fresh_train_loader, in_between, undisturbed, validation_loader
+from lightning_qbn.config import uncompiled_name
 from lightning_qbn.errors import DataError
 from lightning_qbn.insertion import outermost_networks
 from lightning_qbn.passes import ForwardFn, default_forward, quiet
@@ -117,15 +118,6 @@ def forward_of(module: LightningModule, forward_fn: ForwardFn | None) -> Forward
         name = uncompiled_name(*networks)
         return lambda owner, batch: default_forward(owner.get_submodule(name), batch)
     return default_forward
-
-
-def uncompiled_name(name: str) -> str:
-    """The name of a module without the parts that ``torch.compile`` adds, which a copy of it does not have.
-
-    >>> uncompiled_name("net._orig_mod.0")
-    'net.0'
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def evaluate(

@@ -21,7 +21,6 @@ from lightning_qbn.callbacks.batches import (
     forward_of,
     has_validation,
     sampled_train_batches,
-    uncompiled_name,
     validation_batches,
 )
 from lightning_qbn.callbacks.bounds import Bounds
@@ -32,6 +31,7 @@ from lightning_qbn.callbacks.late import as_in_training, had_nothing_left
 from lightning_qbn.callbacks.order import check_trainer, find
 from lightning_qbn.callbacks.progress import busy
 from lightning_qbn.callbacks.reestimation import BatchNormReestimation
+from lightning_qbn.config import uncompiled_name
 from lightning_qbn.errors import ConfigurationError, ExportError, QuantizationWarning
 from lightning_qbn.export.formats import check_formats, export_files
 from lightning_qbn.export.onnx import ExportReport
